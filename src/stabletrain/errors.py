@@ -1,0 +1,15 @@
+"""The errors that users meet, one class for each exit code."""
+
+from __future__ import annotations
+
+
+class ConfigurationError(ValueError):
+    """What the user gave can't be used: names what was given, what is allowed and what to do (exit code 2)."""
+
+
+class UnstableTraining(RuntimeError):
+    """Training can't go on in a healthy way: a step was bad under `raise`, or the budget is spent (exit code 3)."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its checkpoint was saved; the same command continues (exit code 75)."""
