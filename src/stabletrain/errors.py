@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ConfigurationError(ValueError):
     """What the user gave can't be used: names what was given, what is allowed and what to do (exit code 2)."""
 
 
 class UnstableTraining(RuntimeError):
-    """Training can't go on in a healthy way: a step was bad under `raise`, or the budget is spent (exit code 3)."""
+    """Training can't go on in a healthy way: a step was bad under `raise`, or the budget is spent (exit code 3).
+
+    Args:
+        message: what happened.
+        verdict: the guard's decision about the last step, where there is one.
+    """
+
+    def __init__(self, message: str, verdict: Any = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class Interrupted(Exception):

@@ -45,3 +45,42 @@ class Progress:
         """Take over the five counts."""
         for name in asdict(self):
             setattr(self, name, int(state[name]))
+
+
+@dataclass(kw_only=True)
+class EpochTotals:
+    """Sums over the steps of the current epoch; rejected steps enter no mean.
+
+    Example:
+        >>> totals = EpochTotals()
+        >>> totals.add(loss=2.0, grad_norm=1.0)
+        >>> totals.rejected += 1
+        >>> totals.means()
+        (2.0, 1.0)
+    """
+
+    loss: float = 0.0  # sum over applied steps
+    grad_norm: float = 0.0  # sum over applied steps, before clipping
+    applied: int = 0
+    rejected: int = 0
+
+    def add(self, *, loss: float, grad_norm: float) -> None:
+        """Count an applied step."""
+        self.loss += loss
+        self.grad_norm += grad_norm
+        self.applied += 1
+
+    def means(self) -> tuple[float, float]:
+        """Return mean loss and mean gradient norm of the applied steps; NaN without any."""
+        if self.applied == 0:
+            return float("nan"), float("nan")
+        return self.loss / self.applied, self.grad_norm / self.applied
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the sums."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the sums."""
+        self.loss, self.grad_norm = float(state["loss"]), float(state["grad_norm"])
+        self.applied, self.rejected = int(state["applied"]), int(state["rejected"])

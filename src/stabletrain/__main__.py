@@ -1,0 +1,257 @@
+"""The door: `python -m stabletrain [train] [key=value ...]`; picks the command, composes, maps exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import site
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from stabletrain import config as configs
+from stabletrain.errors import ConfigurationError, Interrupted, UnstableTraining
+from stabletrain.sweep import Job, table, unchanged_surroundings, write_table
+
+COMPLETED, FAILED, MISCONFIGURED, UNSTABLE, INTERRUPTED = 0, 1, 2, 3, 75
+
+# What the file system may refuse: a matter of the folder or the disk, not of the program.
+_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+
+
+class _StopSweep(BaseException):
+    """Ends a sweep whose job was interrupted; Hydra lets only a BaseException through."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return the exit code.
+
+    Args:
+        arguments: the command line without the program; None = this process's.
+
+    Returns:
+        0 completed, 1 failed, 2 bad configuration or data, 3 stopped unstable, 75 interrupted with a checkpoint saved.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = os.environ.get("HYDRA_FULL_ERROR") == "1" or any(
+        word.lstrip("+").lower() in ("debug=true", "debug=1") for word in given
+    )
+    try:
+        command, rest = configs.split_command(given, COMMANDS)
+        return COMMANDS[command](rest, debug)
+    except ConfigurationError as error:
+        return _report(error, debug)
+
+
+def train(arguments: Sequence[str], debug: bool = False) -> int:
+    """Compose a config from the command line and train; with `-m`, once for each combination."""
+    overrides, flags = configs.arrange(arguments)
+    configs.check_overrides(overrides, flags)
+    _refuse_sweeps_of_ranks(overrides, flags)
+    configs.stamp.cache_clear()
+    if os.getcwd() not in sys.path and "" not in sys.path:  # the console script leaves the user's folder out
+        sys.path.insert(0, os.getcwd())
+    jobs: list[Job] = []
+    codes: list[int] = []
+
+    def job(config: DictConfig) -> float | None:
+        return _job(config, jobs, codes, debug)
+
+    wrapped = hydra.main(version_base="1.3", config_path=configs.conf_location(), config_name="config")(job)
+    try:
+        with _command_line([*overrides, *flags]):
+            wrapped()
+    except _StopSweep:
+        pass
+    except Exception as error:
+        if len(codes) == 0:  # it never came to a job
+            _remove_empty_sweep(overrides)
+            return _report_composition(error, overrides, flags, debug)
+    if len(jobs) > 0:
+        return _conclude(jobs, codes)
+    return codes[0] if len(codes) > 0 else COMPLETED  # no job at all: --help, --cfg, --info
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], bool], int]] = {"train": train}  # the first one is the default
+
+
+# ------------------------------------------------------------------------------------------------------------ jobs
+
+
+def _job(config: DictConfig, jobs: list[Job], codes: list[int], debug: bool) -> float | None:
+    """Train once and return the final validation metric; a failure is told here, and raised for sweepers that ask."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    overrides = [str(word) for word in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]
+    in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    job = Job(overrides=overrides, folder=folder)
+    if in_sweep:
+        jobs.append(job)
+        print(f"job {len(jobs) - 1}: {' '.join(overrides)}", flush=True)
+    try:
+        values = configs.settings(config)
+        job.metric = values["checkpoint"].get("metric", job.metric)
+        if not in_sweep:
+            return _train(values, folder, overrides, job, codes)
+        with unchanged_surroundings():
+            return _train(values, folder, overrides, job, codes)
+    except (Exception, KeyboardInterrupt) as error:
+        _remove_empty(folder)
+        codes.append(_report(error, debug or config.get("debug") is True))
+        job.error = _message(error)[0]
+        if in_sweep and isinstance(error, (Interrupted, KeyboardInterrupt)):
+            raise _StopSweep from error
+        if in_sweep and not hydra_config.sweeper._target_.endswith(".BasicSweeper"):
+            raise
+        return None
+    finally:
+        job.read_summary()
+
+
+def _train(values: dict[str, Any], folder: Path, overrides: list[str], job: Job, codes: list[int]) -> float | None:
+    import torch
+
+    from stabletrain.build import PartFailed, build
+    from stabletrain.trainer import train as train_run
+
+    if values["threads"] is not None:
+        torch.set_num_threads(values["threads"])
+    try:
+        run = build(values, folder, overrides)
+    except PartFailed as error:
+        cause = error.__cause__
+        if isinstance(cause, (TypeError, ValueError)) and _users_line(cause) is None:  # a value that the part refused
+            raise ConfigurationError(str(error)) from cause
+        raise
+    train_run(run)
+    codes.append(COMPLETED)
+    job.read_summary()
+    return job.value
+
+
+def _conclude(jobs: Sequence[Job], codes: Sequence[int]) -> int:
+    """Show a sweep's table, write it, and say whether all of its jobs completed."""
+    print(f"\n{table(jobs)}")
+    folder = Path(os.path.commonpath([job.folder.parent for job in jobs]))
+    if folder.is_dir():
+        try:
+            write_table(jobs, folder / "sweep.csv")
+            print(f"\nsaved in {folder / 'sweep.csv'}")
+        except OSError as error:
+            return _report(error, False)
+    if codes[-1] == INTERRUPTED:
+        return INTERRUPTED
+    return COMPLETED if all(code == COMPLETED for code in codes) else FAILED
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a run's folder that holds nothing, and `runs/` above it if that holds nothing else."""
+    with suppress(OSError):  # it holds something, or isn't there
+        folder.rmdir()
+        folder.parent.rmdir()
+
+
+def _remove_empty_sweep(overrides: Sequence[str]) -> None:
+    """Remove what Hydra writes before it checks a sweep's options, if that is all there is."""
+    named = [override.partition("=")[2] for override in overrides if override.startswith("name=")]
+    folder = Path("runs", named[0] if len(named) > 0 else f"sweep-{configs.stamp()}")
+    if folder.is_dir() and [entry.name for entry in folder.iterdir()] == ["multirun.yaml"]:
+        (folder / "multirun.yaml").unlink()
+    _remove_empty(folder)
+
+
+def _refuse_sweeps_of_ranks(overrides: Sequence[str], flags: Sequence[str]) -> None:
+    sweep = any(flag in ("-m", "--multirun") for flag in flags) or "hydra.mode=MULTIRUN" in overrides
+    if sweep and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError(
+            "a sweep (-m) can't run under torchrun, where each process would run a sweep of its own; start torchrun "
+            "once for each combination, or the sweep in one process."
+        )
+
+
+@contextmanager
+def _command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """Let Hydra see this command line, and let its errors come through as exceptions."""
+    before, setting = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv[1:] = arguments
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
+        if setting is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = setting
+
+
+# -------------------------------------------------------------------------------------------------------- messages
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    """Write one message for an error to stderr, with its traceback under `debug`, and return the exit code."""
+    message, code = _message(error)
+    if debug:
+        traceback.print_exception(type(error), error, error.__traceback__)
+    hint = "; debug=true shows the traceback" if code == FAILED and not debug else ""
+    print(f"stabletrain: {message}{hint}", file=sys.stderr, flush=True)
+    return code
+
+
+def _message(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, ConfigurationError):
+        return str(error), MISCONFIGURED
+    if isinstance(error, UnstableTraining):
+        return str(error), UNSTABLE
+    if isinstance(error, Interrupted):
+        return str(error), INTERRUPTED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before anything was saved", FAILED
+    if isinstance(error, OSError) and error.errno in _DISK and _users_line(error) is None:
+        return (
+            f"can't write {error.filename or 'to disk'}: {error.strerror}. Give room or another folder.",
+            MISCONFIGURED,
+        )
+    cause = error.__cause__ if type(error).__name__ == "PartFailed" and error.__cause__ is not None else error
+    line = _users_line(cause) or _last_line(cause)
+    what = str(error) if cause is not error else f"{type(error).__name__}: {error}"
+    return f"{what} ({line})", FAILED
+
+
+def _report_composition(error: Exception, overrides: Sequence[str], flags: Sequence[str], debug: bool) -> int:
+    from stabletrain.config.explain import COMPOSITION_ERRORS, explain
+
+    if isinstance(error, COMPOSITION_ERRORS) and not isinstance(error, ConfigurationError):
+        said = ConfigurationError(explain(error, overrides, flags))
+        return _report(said.with_traceback(error.__traceback__), debug)
+    return _report(error, debug)
+
+
+def _users_line(error: BaseException) -> str | None:
+    """Return file:line of the innermost frame that is neither ours nor an installed package's, if there is one."""
+    installed = {
+        *site.getsitepackages(),
+        *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib")),
+    }
+    places = [str(Path(__file__).parent), *installed, "<"]
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not any(frame.filename.startswith(place) for place in places)]
+    return f"{theirs[-1].filename}:{theirs[-1].lineno}" if len(theirs) > 0 else None
+
+
+def _last_line(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 0 else "no traceback"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

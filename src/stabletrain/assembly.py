@@ -1,0 +1,199 @@
+"""Parts in, a run out: the one place where a model, its data and the options of every group come together.
+
+Without Hydra, so that a notebook builds the same run as the command line does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from stabletrain.augmentation import Unchanged
+from stabletrain.checkpoint import CheckpointStore, nonfinite_names
+from stabletrain.clipping import Clipping, NoClipping, Norm
+from stabletrain.data import Loader, OrderedLoader, Splits
+from stabletrain.ema import ExponentialMovingAverage
+from stabletrain.errors import ConfigurationError
+from stabletrain.folder import RunFolder
+from stabletrain.guard import Policy, StepGuard
+from stabletrain.loss import CrossEntropy
+from stabletrain.optimizer import adamw
+from stabletrain.precision import Precision
+from stabletrain.schedule import Schedule, warmup_cosine
+from stabletrain.task import Classification, Task
+from stabletrain.tracking import Tracker
+from stabletrain.trainer import Run, Summary, train
+
+
+def assemble(
+    model: nn.Module,
+    splits: Splits,
+    *,
+    epochs: int,
+    batch_size: int = 32,
+    accumulate: int = 1,
+    seed: int = 0,
+    task: Task | None = None,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(adamw, lr=1e-4),
+    schedule: Callable[..., Schedule] = partial(warmup_cosine, warmup_epochs=0.0),
+    precision: Callable[..., Precision] = Precision,
+    clipping: Clipping = Norm(1.0),  # noqa: B008 (frozen)
+    augmentation: Callable[[Any], Any] = Unchanged(),  # noqa: B008 (without state)
+    guard: Policy = Policy(),  # noqa: B008 (frozen)
+    ema: Callable[[nn.Module], ExponentialMovingAverage | None] | None = None,
+    checkpoint: Callable[[Path], CheckpointStore] = CheckpointStore,
+    tracking: Callable[[Path | None], Tracker] = Tracker,
+    folder: Path | str | None = None,
+    resume: str = "auto",
+    device: str = "auto",
+    workers: int = 0,
+    settings: dict[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> Run:
+    """Build a run from finished parts; nothing is written before everything has been checked.
+
+    Args:
+        model: to train, already initialised.
+        splits: training, validation and test data.
+        epochs: passes over the training data.
+        batch_size: samples per step.
+        accumulate: microbatches that a step is divided into.
+        seed: decides the order of the samples and everything drawn at random.
+        task: how a microbatch becomes a loss; None: classification with cross entropy.
+        optimizer: makes the optimizer from the parameters.
+        schedule: makes the schedule from `total_updates` and `updates_per_epoch`.
+        precision: makes the precision from `device`.
+        clipping: what limits the gradients.
+        augmentation: what is done to a microbatch before the forward pass.
+        guard: what counts as a bad step and what follows.
+        ema: makes the average of the weights, or None.
+        checkpoint: makes the store of checkpoints from the run's folder.
+        tracking: makes the tracker from the run's folder.
+        folder: where the run leaves its files; None: it leaves none.
+        resume: `auto`, `never`, `must`, or the path of a checkpoint.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        workers: processes that read samples; 0: this one. Data in memory needs none.
+        settings: the resolved config, for the record.
+        overrides: what was given on the command line, for the record.
+
+    Returns:
+        A run for `train`.
+
+    Raises:
+        ConfigurationError: for parts that don't fit each other.
+    """
+    _check_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate)
+    place = find_device(device)
+    model = model.to(place)
+    loader = Loader(
+        splits.train, batch_size=batch_size, accumulate=accumulate, seed=seed, workers=workers, device=place
+    )
+    chosen_precision = precision(device=place)
+    chosen_optimizer = optimizer(model.parameters())
+    chosen_schedule = schedule(
+        total_updates=epochs * loader.steps_per_epoch, updates_per_epoch=loader.steps_per_epoch
+    )
+    average = ema(model) if ema is not None else None
+    step_guard = StepGuard(
+        model,
+        chosen_optimizer,
+        clip=None if isinstance(clipping, NoClipping) else clipping,
+        scaler=chosen_precision.scaler,
+        policy=guard,
+    )
+    run_folder = RunFolder(folder) if folder is not None else None
+    store = checkpoint(run_folder.path) if run_folder is not None else None
+    if store is not None:
+        store.exempt(nonfinite_names(model.state_dict()))
+    return Run(
+        model=model,
+        task=task or Classification(CrossEntropy()),
+        optimizer=chosen_optimizer,
+        loader=loader,
+        validation=_ordered(splits.validation, batch_size, workers, place),
+        test=_ordered(splits.test, batch_size, workers, place),
+        schedule=chosen_schedule,
+        precision=chosen_precision,
+        augmentation=augmentation,
+        guard=step_guard,
+        ema=average,
+        checkpoint=store,
+        tracker=tracking(run_folder.path if run_folder is not None else None),
+        epochs=epochs,
+        seed=seed,
+        device=place,
+        folder=run_folder,
+        resume=resume,
+        identity={"seed": seed, "batch_size": batch_size, "accumulate": accumulate, "data": splits.fingerprint()},
+        settings=settings or {},
+        overrides=list(overrides),
+    )
+
+
+def fit(model: nn.Module, splits: Splits, *, epochs: int, lr: float = 1e-4, **options: Any) -> Summary:
+    """Train `model` on `splits` and return how it ended; the model is changed in place.
+
+    Args:
+        model: to train.
+        splits: training, validation and test data, for example from `stabletrain.data.split_dataset`.
+        epochs: passes over the training data.
+        lr: learning rate of AdamW, unless `optimizer` is given.
+        options: any other argument of `assemble`.
+
+    Returns:
+        Status, counts and metrics.
+
+    Raises:
+        ConfigurationError: for arguments that don't fit each other.
+        UnstableTraining: when too many steps were rejected.
+
+    Example:
+        >>> from stabletrain.data import digits
+        >>> from stabletrain.model import ConvNet
+        >>> data = digits(seed=0)
+        >>> model = ConvNet(in_channels=1, num_classes=10)
+        >>> summary = fit(model, data, epochs=1, lr=1e-3)
+        >>> summary.status, summary.rejected
+        ('completed', 0)
+    """
+    options.setdefault("optimizer", partial(adamw, lr=lr))
+    return train(assemble(model, splits, epochs=epochs, **options))
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device that a name stands for.
+
+    Example:
+        >>> find_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(
+            f"device is {name!r}, which can't be used here ({str(error).splitlines()[0]}); allowed: auto, cpu, and "
+            "cuda or cuda:<number> where there is a GPU."
+        ) from error
+    return device
+
+
+def _ordered(dataset: Any, batch_size: int, workers: int, device: torch.device) -> OrderedLoader | None:
+    """Evaluation needs no gradients, so its batches may be larger."""
+    if dataset is None:
+        return None
+    return OrderedLoader(dataset, batch_size=max(batch_size, 256), workers=workers, device=device)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigurationError(f"{name} is {count!r}; it must be a whole number of at least 1.")

@@ -1,0 +1,158 @@
+"""From plain settings to finished parts: the one place where the options' targets are called."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch import nn
+
+from stabletrain.assembly import assemble
+from stabletrain.data import Splits, split_dataset
+from stabletrain.errors import ConfigurationError
+from stabletrain.randomness import key, keyed_all
+
+if TYPE_CHECKING:
+    from stabletrain.trainer import Run
+
+# Groups whose parts need objects of the run: how these are given, besides what the option says.
+RUN_TIME: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # group: (positions, keywords)
+    "task": (("loss",), ()),
+    "optimizer": (("parameters",), ()),
+    "schedule": ((), ("total_updates", "updates_per_epoch")),
+    "precision": ((), ("device",)),
+    "ema": (("model",), ()),
+    "checkpoint": (("folder",), ()),
+    "tracking": (("folder",), ()),
+}
+ROOT_ARGUMENTS = ("epochs", "batch_size", "accumulate", "seed", "device", "workers", "resume")
+AUTO_GROUPS = ("model", "loss", "augmentation")  # groups in which the value `auto` is taken from the data
+
+
+class PartFailed(RuntimeError):
+    """The code behind an option failed; its own error is the cause."""
+
+
+def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] = ()) -> Run:
+    """Build every part that a config names and put them together; nothing is written before all of it is checked.
+
+    Args:
+        config: checked, plain settings, as from `stabletrain.config.settings`.
+        folder: the run's folder.
+        overrides: what was given on the command line, for the records.
+
+    Returns:
+        A run, ready for `stabletrain.trainer.train`.
+
+    Raises:
+        ConfigurationError: an option can't be used.
+        PartFailed: the code behind an option failed.
+    """
+    seed = config["seed"]
+    with keyed_all(key(seed, "data")):
+        splits = _splits(_part("data", config), seed)
+    config_here = _with_facts(config, splits)
+    parts = {group: _part(group, config_here) for group in ("loss", "augmentation", "guard", "clipping", *RUN_TIME)}
+    with keyed_all(key(seed, "model")):
+        model = _part("model", config_here)
+    if not isinstance(model, nn.Module):
+        target = config["model"]["_target_"]
+        raise ConfigurationError(f"model: {target} built a {type(model).__name__}; it must build a torch.nn.Module.")
+    loss, make_task = parts.pop("loss"), parts.pop("task")
+    with _named("loss", config):
+        loss = loss.simplified(config["loss_mode"]) if hasattr(loss, "simplified") else loss
+    return assemble(
+        _part("parallel", config).wrap(model),
+        splits,
+        task=make_task(loss),
+        **parts,
+        **{name: config[name] for name in ROOT_ARGUMENTS},
+        folder=Path(folder),
+        settings=config,
+        overrides=overrides,
+    )
+
+
+def _part(group: str, config: dict[str, Any]) -> Any:
+    """Build the part of a group; one that needs objects of the run stays a partial with checked arguments."""
+    node = {**config[group], "_partial_": True} if group in RUN_TIME else config[group]
+    with _named(group, config):
+        part = instantiate(node, _convert_="all")
+    if not isinstance(part, functools.partial):
+        return part
+    _check_arguments(group, node["_target_"], part)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        with _named(group, config):
+            return part(*arguments, **keywords)
+
+    return call
+
+
+def _check_arguments(group: str, target: str, part: functools.partial[Any]) -> None:
+    positions, keywords = RUN_TIME.get(group, ((), ()))
+    try:
+        signature = inspect.signature(part.func)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*positions, *part.args, **{**dict.fromkeys(keywords), **part.keywords})
+    except TypeError as error:
+        run, option = ", ".join([*positions, *keywords]), ", ".join(part.keywords)
+        raise ConfigurationError(f"{group}: {target} can't be called with {run} and {option}: {error}.") from error
+
+
+@contextmanager
+def _named(group: str, config: dict[str, Any]) -> Iterator[None]:
+    """Let an error inside the block say which group and which target it comes from, without Hydra's wrapping."""
+    target = config[group]["_target_"]
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ConfigurationError):
+            raise cause from None
+        if isinstance(cause, InstantiationException):
+            raise ConfigurationError(f"{group} ({target}): {str(cause).splitlines()[0]}") from error
+        raise PartFailed(f"{group} ({target}): {type(cause).__name__}: {cause}") from cause
+
+
+def _splits(data: Any, seed: int) -> Splits:
+    """Return what a `data` option built; a bare map-style data set is divided by the seed."""
+    return data if isinstance(data, Splits) else split_dataset(data, seed=seed)
+
+
+def _with_facts(config: dict[str, Any], splits: Splits) -> dict[str, Any]:
+    """Return the config with each `auto` in model, loss and augmentation replaced by what the data tells."""
+
+    def fill(path: str, name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {inner: fill(f"{path}.{inner}", inner, item) for inner, item in value.items()}
+        if isinstance(value, list):
+            return [fill(f"{path}[{position}]", name, item) for position, item in enumerate(value)]
+        if value != "auto":
+            return value
+        if name not in splits.facts:
+            known = ", ".join(f"{fact}={_short(told)}" for fact, told in splits.facts.items())
+            raise ConfigurationError(
+                f"{path} is auto, but the data ({splits.name}) doesn't tell {name}; it tells {known or 'nothing'}. "
+                f"Give it as {path}=<value>."
+            )
+        return splits.facts[name]
+
+    return {group: fill(group, group, node) if group in AUTO_GROUPS else node for group, node in config.items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,65 @@
+"""What a checkpoint may hold: tensors, numbers, text and plain containers, which load without running any code."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+
+_AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_NUMPY_KINDS = "biufc"  # booleans, whole numbers, floating point, complex
+
+
+def plain(value: Any, name: str) -> Any:
+    """Return `value` with everything that a checkpoint can't hold turned into what it can.
+
+    Tensors are taken without their gradient and in the CPU's memory (shared where they are there already), numpy
+    numbers become Python's, numpy arrays become tensors, frozen sets become sets.
+
+    Args:
+        value: a tree of dictionaries, lists, tuples and sets.
+        name: what to call it in an error.
+
+    Raises:
+        TypeError: something in it has a type that needs code to load; says where.
+
+    Example:
+        >>> plain({"rate": np.float64(0.5), "seen": np.arange(2)}, "state")
+        {'rate': 0.5, 'seen': tensor([0, 1])}
+    """
+    kind = type(value)
+    # Exact types: a subclass (an enumeration that is also a number) would be saved as itself, and not load.
+    if kind in _AS_THEY_ARE:
+        return value
+    if kind in (torch.Tensor, torch.nn.Parameter):
+        return value.detach().cpu()
+    if kind in (dict, defaultdict):
+        return {_key(item, name): plain(content, f"{name}[{item!r}]") for item, content in value.items()}
+    if kind is OrderedDict:
+        return _ordered(value, name)
+    if kind in (list, tuple):
+        return kind(plain(content, f"{name}[{position}]") for position, content in enumerate(value))
+    if kind in (set, frozenset):
+        return {plain(content, f"an item of {name}") for content in value}
+    if isinstance(value, np.generic) and type(value.item()) in _AS_THEY_ARE:
+        return value.item()
+    if kind is np.ndarray and value.dtype.kind in _NUMPY_KINDS and value.dtype != np.longdouble:
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+    raise TypeError(
+        f"{name} is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds tensors, numbers, text and "
+        "dictionaries, lists, tuples and sets of them: return one of these from state_dict"
+    )
+
+
+def _key(key: Any, name: str) -> Any:
+    return plain(key, f"a key of {name}")
+
+
+def _ordered(value: OrderedDict[Any, Any], name: str) -> OrderedDict[Any, Any]:
+    result = OrderedDict((_key(item, name), plain(content, f"{name}[{item!r}]")) for item, content in value.items())
+    # A module's state_dict notes there which version of each module wrote it.
+    for attribute, content in vars(value).items():
+        setattr(result, attribute, plain(content, f"{name}.{attribute}"))
+    return result

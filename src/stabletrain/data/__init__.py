@@ -1,0 +1,30 @@
+"""Data: the options of the group `data`, data sets in memory, and loaders whose position is plain data."""
+
+from __future__ import annotations
+
+from stabletrain.data.arrays import ArrayDataset, Microbatch, Part, class_targets
+from stabletrain.data.builtin import breast_cancer, digits, sequences
+from stabletrain.data.files import from_csv, from_npz, from_parquet
+from stabletrain.data.loader import Loader, OrderedLoader, collate
+from stabletrain.data.splits import Splits, split_dataset, split_indices
+from stabletrain.data.table import Table
+
+__all__ = [
+    "ArrayDataset",
+    "Loader",
+    "Microbatch",
+    "OrderedLoader",
+    "Part",
+    "Splits",
+    "Table",
+    "breast_cancer",
+    "class_targets",
+    "collate",
+    "digits",
+    "from_csv",
+    "from_npz",
+    "from_parquet",
+    "sequences",
+    "split_dataset",
+    "split_indices",
+]

@@ -1,0 +1,246 @@
+"""Loaders whose position is plain data: (epoch, step) says which samples come, whatever was read before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, tee
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from stabletrain.data.arrays import ArrayDataset, Microbatch
+from stabletrain.data.splits import check_map_style
+from stabletrain.errors import ConfigurationError
+from stabletrain.randomness import key, keyed_all
+from stabletrain.tree import map_tensors, tensors, to_device
+
+Collate = Callable[[list[Any]], Any]
+RESIDENT_BYTES = 2 << 30  # data in memory up to this size is kept on the accelerator as a whole
+
+
+def collate(samples: list[Any]) -> Any:
+    """Return the batch of some samples: tensors of one shape stacked, tensors of different shapes as a list.
+
+    Args:
+        samples: numbers, tensors, arrays, or tuples or dictionaries of these.
+
+    Returns:
+        Whatever `torch.utils.data.default_collate` makes of them, or a list where the shapes differ.
+
+    Example:
+        >>> collate([(torch.zeros(2), 0), (torch.zeros(3), 1)])
+        ([tensor([0., 0.]), tensor([0., 0., 0.])], tensor([0, 1]))
+    """
+    first = samples[0]
+    if isinstance(first, dict):
+        return {name: collate([sample[name] for sample in samples]) for name in first}
+    if isinstance(first, (tuple, list)) and not hasattr(first, "_fields"):
+        return tuple(collate(list(column)) for column in zip(*samples, strict=True))
+    shapes = {tuple(sample.shape) for sample in samples if hasattr(sample, "shape")}
+    return [torch.as_tensor(sample) for sample in samples] if len(shapes) > 1 else default_collate(samples)
+
+
+class _Samples(Dataset[Any]):
+    """A data set as worker processes see it: each sample under its own key if the data set is random."""
+
+    def __init__(self, dataset: Any, *parts: int | str) -> None:
+        self.dataset = dataset
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if not getattr(self.dataset, "random", False):
+            return self.dataset[index]
+        with keyed_all(key(*self.parts, index)):
+            return self.dataset[index]
+
+
+class _Reader:
+    """Reads microbatches of a data set by their indices."""
+
+    def __init__(
+        self, dataset: Any, workers: int, device: torch.device | str, collate_function: Collate | None
+    ) -> None:
+        check_map_style(dataset)
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise ConfigurationError(
+                f"workers is {workers!r}; a whole number from 0 (read in this process) is allowed."
+            )
+        self.device = torch.device(device)
+        self.workers = workers
+        self.collate = collate_function or getattr(dataset, "collate", None) or collate
+        if isinstance(dataset, ArrayDataset) and self.device.type != "cpu":
+            held = sum(item.numel() * item.element_size() for item in tensors([dataset.inputs, dataset.targets]))
+            dataset = dataset.to(self.device) if held <= RESIDENT_BYTES else dataset
+        self.dataset = dataset
+
+    def read(self, batches: Iterable[torch.Tensor], *parts: int | str) -> Iterator[Microbatch]:
+        gather = getattr(self.dataset, "gather", None)
+        if gather is None:
+            yield from self._read_samples(batches, *parts)
+        elif self.device.type == "cpu":
+            for indices in batches:
+                yield Microbatch(gather(indices), indices)
+        else:
+            for indices in batches:
+                yield Microbatch(to_device(map_tensors(_pinned, gather(indices)), self.device), indices)
+
+    def _read_samples(self, batches: Iterable[torch.Tensor], *parts: int | str) -> Iterator[Microbatch]:
+        wanted, known = tee(batches)  # workers read ahead of what was yielded
+        # A generator of its own, so that torch's default one is not drawn from.
+        generator = torch.Generator().manual_seed(key(*parts, "workers"))
+        loader: DataLoader[Any] = DataLoader(
+            _Samples(self.dataset, *parts),
+            batch_sampler=(indices.tolist() for indices in wanted),
+            num_workers=self.workers,
+            collate_fn=self.collate,
+            generator=generator,
+            pin_memory=self.device.type == "cuda",
+        )
+        for indices, data in zip(known, loader, strict=True):
+            yield Microbatch(to_device(data, self.device), indices)
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.device.type != "cpu" or not torch.cuda.is_available() else tensor.pin_memory()
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} is {value!r}; a whole number from 1 is allowed.")
+
+
+class Loader:
+    """Training batches. The order of an epoch is a function of (seed, epoch), so that any step can be the first.
+
+    A data set with `gather(indices)` is asked for whole batches; any other is read sample by sample, by `workers`
+    processes. One that draws random numbers says so by an attribute `random = True`: each sample is then read under a
+    key of (seed, epoch, index), and the number of workers or a restart change nothing.
+
+    Args:
+        dataset: map-style data set.
+        batch_size: samples per step, all microbatches together.
+        accumulate: microbatches per step; must divide `batch_size`.
+        seed: number that decides the order.
+        shuffle: False = always the data set's own order.
+        drop_last: leave out the last samples of an epoch where they don't fill a step.
+        workers: processes that read samples; 0 = this one.
+        device: where the batches go. Data in memory up to 2 GiB is moved there once, as a whole.
+        collate: makes a batch from a list of samples; None = the data set's own `collate`, or `data.collate`.
+
+    Raises:
+        ConfigurationError: for sizes that don't fit each other or the data.
+
+    Example:
+        >>> loader = Loader(ArrayDataset(torch.arange(6.0), torch.arange(6)), batch_size=2, seed=3)
+        >>> whole = [step[0].indices.tolist() for step in loader.epoch(0)]
+        >>> whole[1:] == [step[0].indices.tolist() for step in loader.epoch(0, start=1)]
+        True
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        collate: Collate | None = None,
+    ) -> None:
+        _check_count("batch_size", batch_size)
+        _check_count("accumulate", accumulate)
+        self.reader = _Reader(dataset, workers, device, collate)
+        self.dataset = dataset
+        if batch_size > len(dataset):
+            raise ConfigurationError(
+                f"batch_size is {batch_size}, but the training part has {len(dataset)} samples: choose a batch_size "
+                f"from 1 to {len(dataset)}."
+            )
+        if batch_size % accumulate != 0:
+            raise ConfigurationError(
+                f"batch_size {batch_size} can't be divided by accumulate {accumulate}: choose an accumulate that "
+                "divides batch_size (the samples per step), so that all microbatches have one size."
+            )
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """Return the samples of an epoch in the order in which they come, int64 [N]."""
+        if not self.shuffle:
+            return torch.arange(len(self.dataset))
+        generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
+        return torch.randperm(len(self.dataset), generator=generator)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Microbatch]]:
+        """Yield the steps of an epoch, each a list of `accumulate` microbatches.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            start: first step; what lies before it is not read.
+        """
+        assert 0 <= start <= self.steps_per_epoch, (start, self.steps_per_epoch)
+        size = self.batch_size // self.accumulate
+        end = min(self.steps_per_epoch * self.batch_size, len(self.dataset))
+        order = self.order(epoch)
+        firsts = range(start * self.batch_size, end, self.batch_size)
+        rows = (part for first in firsts for part in _slices(order, first, min(first + self.batch_size, end), size))
+        microbatches = self.reader.read(rows, self.seed, epoch)
+        for first in firsts:
+            yield list(islice(microbatches, -(-min(self.batch_size, end - first) // size)))
+
+
+def _slices(indices: torch.Tensor, first: int, end: int, size: int) -> Iterator[torch.Tensor]:
+    """Yield views of `size` indices from `first` to before `end`; plain slices cost a quarter of `torch.split`."""
+    return (indices[place : min(place + size, end)] for place in range(first, end, size))
+
+
+class OrderedLoader:
+    """Every sample once, in the data set's order; for evaluation.
+
+    Args:
+        dataset: map-style data set.
+        batch_size: samples per batch; the last one may be smaller.
+        workers: processes that read samples; 0 = this one.
+        device: where the batches go.
+        collate: makes a batch from a list of samples; None = the data set's own `collate`, or `data.collate`.
+
+    Raises:
+        ConfigurationError: for a batch size below 1 and for an empty data set.
+
+    Example:
+        >>> loader = OrderedLoader(ArrayDataset(torch.arange(5.0), torch.arange(5)), batch_size=2)
+        >>> [batch.indices.tolist() for batch in loader]
+        [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        collate: Collate | None = None,
+    ) -> None:
+        _check_count("batch_size", batch_size)
+        self.reader = _Reader(dataset, workers, device, collate)
+        self.dataset = dataset
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        count = len(self.dataset)
+        return self.reader.read(_slices(torch.arange(count), 0, count, self.batch_size), "evaluation")

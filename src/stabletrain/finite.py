@@ -1,0 +1,135 @@
+"""Sizes of tensors, whether they are finite, and scaling them: each in one pass over a list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def sizes(tensors: Sequence[Tensor], order: float = 2.0, *, exact: bool = False) -> Tensor:
+    """Return the norm of each tensor; a norm is NaN or Inf if an element is.
+
+    Args:
+        tensors: dense floating tensors of any shapes on one device.
+        order: 2.0 for the Euclidean norm, `math.inf` for the largest magnitude.
+        exact: sum in float64, so that squares of finite float32 elements can't overflow.
+
+    Returns:
+        Shape [len(tensors)], float64 when exact or any tensor is, else float32.
+
+    Example:
+        >>> sizes([torch.tensor([3.0, 4.0]), torch.tensor([float("inf")])])
+        tensor([5., inf])
+    """
+    if not tensors:
+        return torch.zeros(0)
+    wide = torch.float64 if exact or any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    dtype = None if all(tensor.dtype == wide for tensor in tensors) else wide
+    return torch.stack([norm.to(wide) for norm in torch._foreach_norm(list(tensors), order, dtype=dtype)])
+
+
+def global_norm(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
+    """Return the Euclidean norm of all elements of all tensors together.
+
+    Sparse tensors count with their summed values. Tensors on several devices are measured where they are and
+    combined on the first one's device.
+
+    Args:
+        tensors: floating tensors, dense or sparse COO.
+        exact: sum in float64: a finite gradient of 3e19 has a finite norm then.
+
+    Returns:
+        Shape []; 0 for an empty list.
+
+    Example:
+        >>> float(global_norm([torch.tensor([3.0]), torch.tensor([4.0])]))
+        5.0
+        >>> large = [torch.tensor([3e19, 4e19])]
+        >>> float(global_norm(large)), round(float(global_norm(large, exact=True)) / 5e19, 6)
+        (inf, 1.0)
+    """
+    if not tensors:
+        return torch.zeros(())
+    dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
+    first = dense[0].device
+    devices = {tensor.device for tensor in dense}
+    if len(devices) == 1:
+        return torch.linalg.vector_norm(sizes(dense, exact=exact))
+    parts = [global_norm([t for t in dense if t.device == device], exact=exact).to(first) for device in devices]
+    return torch.linalg.vector_norm(torch.stack(parts))
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether every element of every floating tensor is finite, as a tensor on their device (no wait).
+
+    Example:
+        >>> bool(all_finite([torch.ones(2), torch.tensor([float("nan")])]))
+        False
+    """
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel() > 0]
+    return torch.isfinite(sizes(floating, math.inf)).all() if floating else torch.ones((), dtype=torch.bool)
+
+
+def first_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Describe the first tensor that isn't finite: its name, how many elements, and which value.
+
+    Example:
+        >>> first_nonfinite([("weight", torch.ones(3)), ("bias", torch.tensor([1.0, float("nan")]))])
+        'bias: 1 of 2 elements NaN'
+    """
+    for name, tensor in named:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        if not values.is_floating_point():
+            continue
+        nan, inf = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
+        if nan + inf > 0:
+            kinds = "NaN" if inf == 0 else "Inf" if nan == 0 else "NaN or Inf"
+            return f"{name}: {nan + inf} of {values.numel()} elements {kinds}"
+    return None
+
+
+def scale_all(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply every gradient by `factor` in place, each on its own device.
+
+    Example:
+        >>> gradient = torch.ones(2)
+        >>> scale_all([gradient], 0.5)
+        >>> gradient
+        tensor([0.5000, 0.5000])
+    """
+    dense = [gradient for gradient in gradients if not gradient.is_sparse]
+    for gradient in gradients:
+        if gradient.is_sparse:
+            gradient.mul_(factor)
+    if not isinstance(factor, Tensor):
+        if dense:
+            torch._foreach_mul_(dense, factor)
+        return
+    for device in {gradient.device for gradient in dense}:
+        torch._foreach_mul_([gradient for gradient in dense if gradient.device == device], factor.to(device))
+
+
+def limit_norm(gradients: Sequence[Tensor], norm: float | Tensor, max_norm: float) -> None:
+    """Scale all gradients together in place so that their norm is at most `max_norm`.
+
+    The factor is min(1, max_norm / (norm + 1e-6)), as in torch. With `norm` on the host, nothing is touched when
+    there is nothing to limit; with `norm` on the device, nothing waits for it.
+
+    Args:
+        gradients: tensors of any shapes.
+        norm: their finite Euclidean norm, measured before; a number or shape [].
+        max_norm: the limit.
+
+    Example:
+        >>> gradient = torch.tensor([3.0, 4.0])
+        >>> limit_norm([gradient], 5.0, 1.0)
+        >>> gradient
+        tensor([0.6000, 0.8000])
+    """
+    if isinstance(norm, Tensor):
+        scale_all(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    elif norm > max_norm:
+        scale_all(gradients, max_norm / (norm + 1e-6))

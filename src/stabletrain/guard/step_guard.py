@@ -1,0 +1,359 @@
+"""The step as a transaction: measure, judge, clip, then commit or undo."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from stabletrain.errors import ConfigurationError, UnstableTraining
+from stabletrain.finite import first_nonfinite, global_norm, limit_norm
+from stabletrain.guard import measure
+from stabletrain.guard.ledger import Ledger, Policy
+from stabletrain.guard.on_device import DeviceStep, can_skip_on_device
+from stabletrain.guard.snapshot import Snapshot
+from stabletrain.guard.verdict import Facts, Reason, Verdict
+
+Clip = Callable[[Sequence[Tensor], Any], None]
+
+
+class StepGuard:
+    """Lets a step reach the model only if its loss, gradients, buffers and optimizer state are healthy.
+
+    A rejected step never happened: parameters, optimizer, buffers, scaler, scheduler and randomness are as they were
+    before its first forward pass. Call `step` where `optimizer.step` stood; it measures the gradients once, decides,
+    clips with the same norm, and steps or undoes. Several optimizers decide together.
+
+    On the CPU, and for optimizers that can't skip by themselves, the decision is read at once. On an accelerator with
+    fused Adam, AdamW, Adagrad or SGD it stays on the device, and nothing waits: the step is skipped and undone there,
+    and the scheduler moves at the next call. Only randomness isn't rewound then.
+
+    Args:
+        model: the module whose forward begins a step, or several. The forward must go through its `__call__`.
+        optimizer: one or several; their parameters are measured and clipped together.
+        max_norm: largest Euclidean norm over all gradients; None: no clipping.
+        clip: another way of clipping, `(gradients, norm) -> None`, instead of `max_norm`; with an attribute `limits`
+            that is False it promises no limit, and gradients whose squares overflow are rejected as without clipping.
+        scaler: the loss scaler of float16 training. `scale` stays yours; unscaling and updating are done here.
+        scheduler: stepped here once for each applied step. Without it, call yours when `verdict.applied`.
+        extra: more state that a forward changes: tensors, modules, generators, or objects with `state_dict`.
+        policy: what follows from a rejected step.
+        keep_on_device: True or False to force where the decision is read; None: as described.
+
+    Raises:
+        ConfigurationError: for arguments that contradict each other.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> guard = StepGuard(model, optimizer, max_norm=1.0)
+        >>> before = model.weight.clone()
+        >>> loss = model(torch.tensor([[float("nan"), 1.0, 1.0]])).mean()
+        >>> loss.backward()
+        >>> verdict = guard.step(loss)
+        >>> verdict.applied, verdict.reason, torch.equal(model.weight, before)
+        (False, 'loss', True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        max_norm: float | None = None,
+        clip: Clip | None = None,
+        scaler: GradScaler | None = None,
+        scheduler: Any = None,
+        extra: Sequence[Any] = (),
+        policy: Policy | None = None,
+        keep_on_device: bool | None = None,
+    ) -> None:
+        if max_norm is not None and (clip is not None or not max_norm > 0):
+            raise ConfigurationError(f"max_norm is {max_norm}; give a positive number, or `clip` instead, not both.")
+        self.models = [model] if isinstance(model, nn.Module) else list(model)
+        self.optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.scheduler = scheduler
+        self.policy = policy or Policy()
+        self.ledger = Ledger(self.policy)
+        self._clip: Clip | None = clip
+        if max_norm is not None:
+            self._clip = lambda gradients, norm: limit_norm(gradients, norm, max_norm)
+        self._limits = self._clip is not None and getattr(self._clip, "limits", True)
+        self._snapshot = Snapshot([*self.models, *(item for item in extra if isinstance(item, nn.Module))], extra)
+        self._buffers = measure.BufferJudge(self.policy.max_variance_growth)
+        self._buffers.seen_data = measure.have_seen_data(self.models)
+        self._buffer_sizes: list[float] = []  # after the last applied step
+        self._until_state_check = 0
+        self._keep_on_device = keep_on_device
+        self._pending: Verdict | None = None
+        self._hooks = [handle for module in self.models for handle in _hook(module, self)]
+
+    def step(self, loss: Tensor | Sequence[Tensor]) -> Verdict:
+        """Decide about the gradients at hand, then commit or undo them; leaves every gradient None.
+
+        Args:
+            loss: the loss that was backpropagated, before scaling; with accumulation one for each microbatch.
+
+        Returns:
+            The verdict.
+
+        Raises:
+            UnstableTraining: by the policy, after everything was undone.
+            ConfigurationError: if the forward didn't go through the model's `__call__`, so nothing can be undone.
+        """
+        self._check_begun()
+        try:
+            self.settle()
+        except UnstableTraining:
+            self._undo("loss")  # the step before ended the training, so this one is undone unseen
+            raise
+        self._snapshot.note_moved_parameters()
+        if self._stays_on_device():
+            self._pending = self._step_on_device(loss)
+            return self._pending
+        verdict = Verdict(self._judge(loss))
+        if verdict.applied:
+            self._commit(verdict.grad_norm)
+        else:
+            self._undo(verdict.reason)
+        self.ledger.record(verdict)
+        return verdict
+
+    def begin(self) -> None:
+        """Mark the start of a step: copy what its forward passes may change.
+
+        The model's forward calls it at the first forward after a decision; call it yourself only if the forward
+        doesn't go through the model's `__call__`.
+        """
+        self._snapshot.take()
+
+    def settle(self) -> None:
+        """Wait for a decision that is still on the device, count it, and move the scheduler."""
+        if self._pending is None:
+            return
+        verdict, self._pending = self._pending, None
+        if verdict.applied:
+            self._buffers.seen_data = True
+            if self.scheduler is not None:
+                self.scheduler.step()
+        self.ledger.record(verdict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ledger: counts and budget."""
+        self.settle()
+        return self.ledger.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the ledger; parameters and optimizer state are checked again at the next step."""
+        self.ledger.load_state_dict(state)
+        self._buffers.seen_data = self._buffers.seen_data or self.ledger.applied > 0
+        self._until_state_check = 0
+        self.forget()
+
+    @property
+    def stats(self) -> Ledger:
+        """Counts: steps, applied, rejected, and reasons."""
+        self.settle()
+        return self.ledger
+
+    def forget(self) -> None:
+        """Drop the copy, because the state was replaced from outside; loading into a model does this by itself."""
+        self._snapshot.taken = False
+        self._buffer_sizes = []
+
+    def remove(self) -> None:
+        """Take the guard's hooks off the model."""
+        for handle in self._hooks:
+            handle.remove()
+
+    def _check_begun(self) -> None:
+        if not self._snapshot.taken:
+            raise ConfigurationError(
+                "no forward pass of the guarded model was seen since the last decision, so a bad step couldn't be "
+                "undone. Call the model itself, not one of its methods, or call guard.begin() before the forward."
+            )
+
+    def _judge(self, loss: Tensor | Sequence[Tensor]) -> Facts:
+        """Look at loss, gradients, buffers, learning rates and state in that order; the first fault decides."""
+        value = float(measure.mean_loss(loss))
+        if not math.isfinite(value) and self.policy.on_rejection != "none":
+            return Facts("loss", value, math.nan, self._describe_loss(loss, value))
+        if self.scaler is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        gradients = measure.gradients(self.optimizers)
+        norm = float(global_norm(gradients))
+        if not math.isfinite(norm) and gradients and gradients[0].device.type != "mps":
+            norm = float(global_norm(gradients, exact=True))  # finite gradients whose squares overflowed
+        guarded = self.policy.on_rejection != "none"
+        if not math.isfinite(norm) and self.scaler is not None and (self.scaler.get_scale() > 1.0 or not guarded):
+            return Facts("overflow", value, norm, self._describe_gradients(norm))
+        if not guarded:
+            return Facts(None, value, norm, "")
+        if not math.isfinite(norm) or (not self._limits and norm > measure.LARGEST_SQUARE):
+            return Facts("gradient", value, norm, self._describe_gradients(norm))
+        if (found := self._judge_buffers()) is not None:
+            return Facts("buffer", value, norm, found)
+        if (found := self._judge_optimizers()) is not None:
+            return Facts("optimizer", value, norm, found)
+        return Facts(None, value, norm, "")
+
+    def _judge_buffers(self) -> str | None:
+        """Compare with the sizes after the last applied step; only when those look odd, with the copy itself."""
+        buffers = self._snapshot.buffers()
+        if not buffers:
+            return None
+        sizes = measure.buffer_sizes([current for _, current, _ in buffers]).tolist()
+        limit = self._buffers.max_growth
+        known = len(self._buffer_sizes) == len(sizes)
+        self._candidate_sizes = sizes
+        if known and all(n <= limit * max(b, 1e-5) for n, b in zip(sizes, self._buffer_sizes, strict=True)):
+            return None
+        now = measure.buffer_sizes([current for _, current, _ in buffers], exact=True)
+        before = measure.buffer_sizes([copied for _, _, copied in buffers], exact=True)
+        bad = self._buffers.bad([name for name, _, _ in buffers], now, before).tolist()
+        if not any(bad):
+            return None
+        index = bad.index(True)
+        name = self._buffer_name(buffers[index][1])
+        return f"the size of buffer {name} went from {float(before[index]):.3g} to {float(now[index]):.3g} in one step"
+
+    def _judge_optimizers(self) -> str | None:
+        rate = measure.bad_learning_rate(self.optimizers)
+        if rate is not None:
+            return f"the learning rate is {rate}; it must be a finite number of at least 0"
+        if self._until_state_check > 0:
+            return None
+        if bool(measure.state_is_finite(self.optimizers)):
+            self._until_state_check = self.policy.check_state_every
+            return None
+        found = first_nonfinite(self._named_parameters())
+        return f"parameter {found}" if found is not None else "the optimizer's state holds NaN or Inf"
+
+    def _commit(self, norm: float) -> None:
+        """Clip with the norm that was measured, and let everything move that counts updates."""
+        if self._clip is not None:
+            self._clip(measure.gradients(self.optimizers), norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.scaler is not None:
+            # Without a single gradient there is nothing to learn about the scale, only to forget the unscaling.
+            self.scaler.update(None if measure.gradients(self.optimizers) else self.scaler.get_scale())
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._buffers.seen_data = True
+        self._buffer_sizes = getattr(self, "_candidate_sizes", [])
+        self._until_state_check -= 1
+        self._snapshot.taken = False
+        self._drop_gradients()
+
+    def _undo(self, reason: Reason | None) -> None:
+        """Leave no trace of the step; an overflow alone lowers the loss scale, to 1 at the least."""
+        self._snapshot.restore()
+        self._drop_gradients()
+        if self.scaler is None or reason == "loss":
+            return  # the scaler has seen nothing of a step whose loss decided
+        scale = self.scaler.get_scale()
+        if reason == "overflow":
+            self.scaler.update()
+            scale = max(self.scaler.get_scale(), 1.0)
+        self.scaler.update(scale)
+
+    def _drop_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _stays_on_device(self) -> bool:
+        wanted = self._keep_on_device
+        if wanted is None:
+            wanted = can_skip_on_device(self.optimizers)
+        return wanted and self.policy.on_rejection != "none" and self._snapshot.restorable_on_device
+
+    def _step_on_device(self, loss: Tensor | Sequence[Tensor]) -> Verdict:
+        self._until_state_check -= 1
+        check_state = self._until_state_check < 0
+        if check_state:
+            self._until_state_check = self.policy.check_state_every - 1
+        rate = measure.bad_learning_rate(self.optimizers)
+        step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits)
+        read = step.run(measure.mean_loss(loss), self._snapshot, self._buffers, check_state, rate is not None)
+        self._drop_gradients()
+        return Verdict(read)
+
+    def _named_parameters(self) -> list[tuple[str, Tensor]]:
+        many = len(self.models) > 1
+        return [
+            (f"{index}.{name}" if many else name, parameter)
+            for index, model in enumerate(self.models)
+            for name, parameter in model.named_parameters()
+        ]
+
+    def _buffer_name(self, tensor: Tensor) -> str:
+        names = [name for model in self.models for name, buffer in model.named_buffers() if buffer is tensor]
+        return names[0] if names else "of an extra module"
+
+    def _describe_loss(self, loss: Tensor | Sequence[Tensor], value: float) -> str:
+        found = first_nonfinite(self._named_parameters())
+        if found is not None:
+            return f"the loss is {value}, and before this step parameter {found}"
+        if isinstance(loss, Tensor) or len(loss) == 1:
+            return f"the loss is {value}"
+        bad = [index for index, item in enumerate(loss) if not math.isfinite(float(item))]
+        return f"the loss is {value}, in microbatch {', '.join(map(str, bad))} of {len(loss)} (counted from 0)"
+
+    def _describe_gradients(self, norm: float) -> str:
+        named = [(name, p.grad) for name, p in self._named_parameters() if p.grad is not None]
+        found = first_nonfinite(named)
+        if found is not None:
+            return f"gradient of {found}"
+        return f"the gradient norm is {norm:.3g}, whose square overflows float32; clipping would allow it"
+
+
+class _Hook:
+    """What the model calls; copies of the model (for an average of weights, say) must not call the guard."""
+
+    def __init__(self, guard: StepGuard | None) -> None:
+        self._guard = weakref.ref(guard) if guard is not None else None
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return type(self)(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
+
+    @property
+    def guard(self) -> StepGuard | None:
+        return self._guard() if self._guard is not None else None
+
+
+class _BeforeForward(_Hook):
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        guard = self.guard
+        # A forward in evaluation without gradients belongs to no step.
+        if guard is not None and not guard._snapshot.taken and (module.training or torch.is_grad_enabled()):
+            guard.begin()
+
+
+class _AfterLoading(_Hook):
+    def __call__(self, *_: Any) -> None:
+        guard = self.guard
+        if guard is not None:
+            guard.forget()
+            guard._buffers.seen_data = measure.have_seen_data(guard.models)
+
+
+def _hook(module: nn.Module, guard: StepGuard) -> list[Any]:
+    after = _AfterLoading(guard)
+    return [
+        module.register_forward_pre_hook(_BeforeForward(guard), prepend=True),
+        *(part.register_load_state_dict_post_hook(after) for part in module.modules()),
+    ]

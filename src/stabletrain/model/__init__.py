@@ -1,0 +1,9 @@
+"""Models: the options of the group `model`."""
+
+from __future__ import annotations
+
+from stabletrain.model.convnet import ConvNet
+from stabletrain.model.mlp import MLP
+from stabletrain.model.recurrent import RecurrentClassifier
+
+__all__ = ["MLP", "ConvNet", "RecurrentClassifier"]

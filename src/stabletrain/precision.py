@@ -1,0 +1,162 @@
+"""Numeric formats of the forward pass, and the loss scaler that float16 needs.
+
+Parameters, gradients and the optimizer stay in float32; autocast lowers what is safe to lower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.overrides import TorchFunctionMode
+
+from stabletrain.errors import ConfigurationError
+from stabletrain.tree import map_tensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Precision:
+    """How a forward pass computes: autocast format, matrix product format, loss scale.
+
+    Args:
+        dtype: format under autocast: `float32` (no autocast), `bfloat16` or `float16`.
+        matmul: products of float32 matrices: `ieee` (exact) or `tf32` (10 bits of mantissa, where the device has it).
+        fallback: format to take where the device has no bfloat16.
+        initial_scale: first loss scale of float16.
+        growth_interval: updates without overflow after which the scale doubles.
+        device: where the model is.
+
+    Raises:
+        ConfigurationError: for a format or scale that doesn't exist.
+
+    Example:
+        >>> precision = Precision("bfloat16")
+        >>> with precision.autocast():
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.bfloat16
+        >>> precision.scaler is None
+        True
+    """
+
+    def __init__(
+        self,
+        dtype: str = "float32",
+        *,
+        matmul: Literal["ieee", "tf32"] = "ieee",
+        fallback: str = "float16",
+        initial_scale: float = 65536.0,
+        growth_interval: int = 2000,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value, allowed in (
+            ("precision.dtype", dtype, DTYPES),
+            ("precision.fallback", fallback, DTYPES),
+            ("precision.matmul", matmul, ("ieee", "tf32")),
+        ):
+            if value not in allowed:
+                raise ConfigurationError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+        if not (math.isfinite(initial_scale) and initial_scale >= 1) or growth_interval < 1:
+            raise ConfigurationError(
+                f"the first loss scale is {initial_scale} and grows every {growth_interval} updates; both must be "
+                "numbers of at least 1 (fp16_initial_scale, fp16_growth_interval)."
+            )
+        self.device = torch.device(device)
+        self.matmul = matmul
+        lacks_it = dtype == "bfloat16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        self.dtype = DTYPES[fallback if lacks_it else dtype]
+        self.scaler: GradScaler | None = None
+        if self.dtype == torch.float16:
+            self.scaler = GradScaler(
+                self.device.type, init_scale=float(initial_scale), growth_interval=int(growth_interval)
+            )
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Lower the format of what is computed inside; on the CPU, float16 keeps islands of float32."""
+        if self.dtype == torch.float32:
+            yield
+            return
+        islands: AbstractContextManager[Any] = nullcontext()
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            islands = Float32Islands()
+        with torch.autocast(self.device.type, self.dtype), islands:
+            yield
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the loss to backpropagate: times the loss scale in float16, else unchanged."""
+        return self.scaler.scale(loss) if self.scaler is not None else loss
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Set the format of float32 products for every backend inside the block, and put it back afterwards."""
+        with ExitStack() as stack:
+            for backend, accepts_tf32 in _product_backends():
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = self.matmul if accepts_tf32 else "ieee"
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loss scaler's state; empty without one."""
+        return self.scaler.state_dict() if self.scaler is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the loss scaler's state; from another precision, the scaler starts afresh."""
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)
+
+
+def _product_backends() -> list[tuple[Any, bool]]:
+    """List where torch keeps the format of float32 products, and whether tf32 exists there."""
+    backends: Any = torch.backends
+    return [
+        (backends.cuda.matmul, True),
+        (backends.cudnn.conv, True),
+        (backends.cudnn.rnn, True),
+        (backends.mkldnn.matmul, False),
+        (backends.mkldnn.conv, False),
+        (backends.mkldnn.rnn, False),
+    ]
+
+
+class Float32Islands(TorchFunctionMode):
+    """Computes in float32 what overflows or loses too much in float16.
+
+    Autocast does this by itself on CUDA, but not on the CPU: there, softmax, normalisations, sums and powers of
+    float16 stay in float16, where 300 squared is already Inf.
+
+    Example:
+        >>> with Float32Islands():
+        ...     torch.full((4,), 300.0, dtype=torch.float16).pow(2).sum().item()
+        360000.0
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Widen float16 arguments of the functions in question."""
+        kwargs = kwargs or {}
+        if func in _IN_FLOAT32:
+            args, kwargs = map_tensors(_widen, args), map_tensors(_widen, kwargs)
+        return func(*args, **kwargs)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+_IN_FLOAT32 = {
+    *(F.softmax, F.log_softmax, F.softmin, F.layer_norm, F.group_norm, F.rms_norm, F.normalize, F.cosine_similarity),
+    *(torch.softmax, torch.log_softmax, torch.logsumexp, torch.sum, torch.mean, torch.prod, torch.cumsum),
+    *(torch.exp, torch.log, torch.pow, torch.square, torch.rsqrt, torch.reciprocal, torch.var, torch.std, torch.norm),
+    *(torch.linalg.vector_norm, torch.linalg.norm),
+    *(Tensor.softmax, Tensor.log_softmax, Tensor.logsumexp, Tensor.sum, Tensor.mean, Tensor.prod, Tensor.cumsum),
+    *(Tensor.exp, Tensor.log, Tensor.pow, Tensor.__pow__, Tensor.square, Tensor.rsqrt, Tensor.reciprocal),
+    *(Tensor.var, Tensor.std, Tensor.norm),
+}

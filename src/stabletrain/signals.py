@@ -1,0 +1,47 @@
+"""Signals that ask a run to end: noted when they come, acted upon when the step is done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+ASKED = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT inside the block. A second one does what it always does: it ends the process at once.
+
+    Outside the main thread, where Python delivers no signals, nothing is noted.
+
+    Example:
+        >>> import os
+        >>> with Signals() as signals:
+        ...     os.kill(os.getpid(), signal.SIGTERM)
+        ...     signals.received, signals.name
+        (True, 'SIGTERM')
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self.name = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        """Begin to listen."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in ASKED}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received, self.name = True, signal.Signals(number).name
+        for asked in ASKED:
+            signal.signal(asked, self._before[asked])

@@ -1,0 +1,83 @@
+"""Validation and test: measured without changing anything, and looked at as critically as a training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabletrain.data import Microbatch
+from stabletrain.finite import first_nonfinite
+from stabletrain.randomness import key, keyed
+from stabletrain.trainer.run import Run
+
+
+@torch.no_grad()
+def evaluate(run: Run, batches: Iterable[Microbatch]) -> dict[str, float]:
+    """Measure the model, or the average of its weights if there is one, without changing anything.
+
+    Args:
+        run: its model is left in the mode it was in.
+        batches: of validation or test data.
+
+    Returns:
+        What the task measures, usually `loss` and more.
+    """
+    was_training = run.model.training
+    averaged = run.ema.applied(run.model) if run.ema is not None else nullcontext()
+    run.model.eval()
+    try:
+        with averaged, run.precision.autocast(), keyed(key(run.seed, "evaluate"), run.device):
+            return run.task.evaluate(run.model, batches)
+    finally:
+        run.model.train(was_training)
+
+
+def look_at_validation(run: Run, metrics: dict[str, float]) -> None:
+    """Say loudly when validation isn't finite although training is, and what the buffers look like."""
+    bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    named = [*run.model.named_parameters(), *run.model.named_buffers()]
+    found = first_nonfinite(named)
+    variances = [
+        (float(buffer.max()), name) for name, buffer in run.model.named_buffers() if name.endswith("running_var")
+    ]
+    state = f"not finite: {found}" if found is not None else "all parameters and buffers are finite"
+    if variances:
+        state += "; the largest running variance is {:.3g} in {}".format(*max(variances))
+    run.tracker.warning(f"epoch {run.progress.epoch}: validation is not finite ({', '.join(bad)}); {state}")
+
+
+def measure_test(run: Run) -> None:
+    """Measure the test data with the best checkpoint's weights, or the last ones if none was saved."""
+    if run.test is None:
+        return
+    best = run.checkpoint.best() if run.checkpoint is not None else None
+    if best is None or run.checkpoint is None:
+        run.metrics["test"] = evaluate(run, run.test)
+        return
+    last = {"model": run.model.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else {}}
+    last = {part: _cloned(state) for part, state in last.items()}
+    saved = run.checkpoint.load(best.path)
+    try:
+        _put_weights(run, saved)
+        run.metrics["test"] = evaluate(run, run.test)
+    finally:
+        _put_weights(run, last)
+
+
+def _cloned(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.clone()
+    return {name: _cloned(value) for name, value in state.items()} if isinstance(state, dict) else state
+
+
+def _put_weights(run: Run, state: dict[str, Any]) -> None:
+    run.model.load_state_dict(state["model"])
+    if run.ema is not None and state["ema"]:
+        run.ema.load_state_dict(state["ema"])

@@ -1,0 +1,81 @@
+"""What is written down about steps and runs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from stabletrain.errors import UnstableTraining
+from stabletrain.finite import first_nonfinite
+from stabletrain.guard.measure import state_tensors
+from stabletrain.trainer.run import Run, Status, Step, Summary
+
+
+def record(run: Run, step: Step) -> None:
+    """Write a decided step to the log."""
+    verdict = step.verdict
+    assert verdict is not None
+    row: dict[str, Any] = {
+        "epoch": step.epoch,
+        "step": step.index,
+        "steps": run.progress.steps,
+        "updates": run.progress.updates,
+        "loss": verdict.loss,
+        "grad_norm": verdict.grad_norm,
+        "lr": step.rate,
+        "applied": verdict.applied,
+        "reason": verdict.reason,
+    }
+    if run.precision.scaler is not None and not verdict.pending:
+        row["scale"] = run.precision.scaler.get_scale()
+    if not verdict.applied:
+        run.totals.rejected += 1
+        run.tracker.rejected(row, _indices(step), verdict.detail)
+    run.tracker.step(row)
+
+
+def located(run: Run, error: UnstableTraining, step: Step) -> UnstableTraining:
+    """Write the last, rejected step down, and say where it was."""
+    step.verdict = error.verdict
+    run.progress.step, run.progress.steps = step.index + 1, run.progress.steps + 1
+    record(run, step)
+    indices = _indices(step)
+    shown = ", ".join(map(str, indices[:20])) + (f" and {len(indices) - 20} more" if len(indices) > 20 else "")
+    return UnstableTraining(f"epoch {step.epoch}, step {step.index}: {error} Samples: {shown}.", error.verdict)
+
+
+def _indices(step: Step) -> list[int]:
+    return [index for microbatch in step.microbatches for index in microbatch.indices.tolist()]
+
+
+def summarise(run: Run, status: Status, start: float, samples_before: int, message: str = "") -> Summary:
+    """Count up what the run has done so far and look at the state it is in."""
+    seconds = time.monotonic() - start
+    ledger = run.guard.ledger
+    parameters = list(run.model.parameters())
+    state = [tensor for tensor in state_tensors([run.optimizer]) if all(tensor is not p for p in parameters)]
+    return Summary(
+        status=status,
+        updates=run.progress.updates,
+        steps=run.progress.steps,
+        rejected=ledger.rejected,
+        reasons=dict(ledger.reasons),
+        metrics=run.metrics,
+        finite={
+            "parameters": _finite(parameters),
+            "buffers": _finite(list(run.model.buffers())),
+            "optimizer": _finite(state),
+        },
+        seconds=round(seconds, 3),
+        samples_per_second=round((run.progress.samples - samples_before) / max(seconds, 1e-9), 1),
+        preset=run.settings.get("preset"),
+        experiment=run.settings.get("experiment"),
+        seed=run.seed,
+        message=message,
+    )
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return first_nonfinite((str(index), tensor.detach()) for index, tensor in enumerate(tensors)) is None

@@ -1,0 +1,87 @@
+"""What a run is made of, and what is said of it in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from stabletrain.checkpoint import CheckpointStore
+from stabletrain.data import Loader, Microbatch
+from stabletrain.ema import ExponentialMovingAverage
+from stabletrain.folder import RunFolder
+from stabletrain.guard import StepGuard, Verdict
+from stabletrain.precision import Precision
+from stabletrain.state import EpochTotals, Progress
+from stabletrain.task import Task
+from stabletrain.tracking import Tracker
+
+Status = Literal["running", "completed", "stopped_unstable", "interrupted", "failed"]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a run is made of, finished and ready."""
+
+    model: nn.Module
+    task: Task
+    optimizer: Optimizer
+    loader: Loader
+    validation: Iterable[Microbatch] | None
+    test: Iterable[Microbatch] | None
+    schedule: Callable[[int], float]
+    precision: Precision
+    augmentation: Callable[[Any], Any]
+    guard: StepGuard
+    ema: ExponentialMovingAverage | None
+    checkpoint: CheckpointStore | None
+    tracker: Tracker
+    epochs: int
+    seed: int
+    device: torch.device
+    folder: RunFolder | None = None  # locked until the run has ended
+    resume: str = "auto"  # auto, never, must, or a checkpoint's path
+    identity: dict[str, Any] = field(default_factory=dict)  # what must not change between a run and its resumption
+    settings: dict[str, Any] = field(default_factory=dict)  # the resolved config, for the record
+    overrides: list[str] = field(default_factory=list)  # what was given on the command line, for the record
+    progress: Progress = field(default_factory=Progress)
+    totals: EpochTotals = field(default_factory=EpochTotals)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # "final", "best" and "test"
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """How a run ended; the content of `summary.json`."""
+
+    status: Status
+    updates: int
+    steps: int
+    rejected: int
+    reasons: dict[str, int]
+    metrics: dict[str, dict[str, float]]
+    finite: dict[str, bool]
+    seconds: float
+    samples_per_second: float
+    preset: str | None
+    experiment: str | None
+    seed: int
+    message: str = ""  # for a run that stopped: why
+    salvaged: int = 0
+    rolled_back: int = 0
+    incidents: int = 0
+    quarantined: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Step:
+    """A step that was decided but not yet written down."""
+
+    epoch: int
+    index: int  # within the epoch
+    rate: float  # learning rate
+    microbatches: list[Microbatch]
+    verdict: Verdict | None = None
