@@ -25,13 +25,13 @@ setup: $(INSTALLED) ## create the environment and install stabletrain into it
 	@echo "ready: $(RUN) -m stabletrain"
 
 train-normal: $(INSTALLED) ## train the digits network with the preset normal
-	@$(RUN) -m stabletrain preset=normal $(ARGS)
+	@$(RUN) -m stabletrain +preset=normal $(ARGS)
 
 train-stable: $(INSTALLED) ## train it with the preset stable
-	@$(RUN) -m stabletrain preset=stable $(ARGS)
+	@$(RUN) -m stabletrain +preset=stable $(ARGS)
 
 train-safe: $(INSTALLED) ## train it with the preset safe
-	@$(RUN) -m stabletrain preset=safe $(ARGS)
+	@$(RUN) -m stabletrain +preset=safe $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests and the examples in docstrings
 	@$(RUN) -m pytest -q -n 2 --dist loadgroup $(ARGS)

@@ -118,7 +118,7 @@ def workloads() -> dict[str, Workload]:
         ),
         "digits": Workload(
             "digits",
-            seeded(lambda: ConvNet(in_channels=1, num_classes=10)),
+            seeded(lambda: ConvNet(in_channels=1, num_classes=10, image_size=(8, 8))),
             images.inputs,
             images.targets,
             64,

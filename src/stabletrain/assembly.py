@@ -157,7 +157,7 @@ def fit(model: nn.Module, splits: Splits, *, epochs: int, lr: float = 1e-4, **op
         >>> from stabletrain.data import digits
         >>> from stabletrain.model import ConvNet
         >>> data = digits(seed=0)
-        >>> model = ConvNet(in_channels=1, num_classes=10)
+        >>> model = ConvNet(in_channels=1, num_classes=10, image_size=(8, 8))
         >>> summary = fit(model, data, epochs=1, lr=1e-3)
         >>> summary.status, summary.rejected
         ('completed', 0)

@@ -35,6 +35,15 @@ OPTIMIZERS: dict[str, Any] = {
     "muon": lambda p: Muon(p, lr=0.01),
     "stable adamw": lambda p: StableAdamW(p, lr=0.01),
 }
+FUSED: dict[str, Any] = {
+    "fused adam": lambda p: Adam(p, lr=0.01, fused=True),
+    "fused adam amsgrad": lambda p: Adam(p, lr=0.01, amsgrad=True, fused=True),
+    "fused adamw": lambda p: AdamW(p, lr=0.01, fused=True),
+    "fused adagrad": lambda p: Adagrad(p, lr=0.01, fused=True),
+    "fused sgd": lambda p: SGD(p, lr=0.01, fused=True),
+    "fused sgd momentum": lambda p: SGD(p, lr=0.01, momentum=0.9, fused=True),
+    "fused sgd nesterov": lambda p: SGD(p, lr=0.01, momentum=0.9, nesterov=True, fused=True),
+}
 PARAMETERS = ("one group", "two groups", "one without gradient", "two optimizers")
 PLACES = ("input", "label", "loss", "gradient", "forward", "backward")
 VALUES = (math.nan, math.inf, 1e30)
@@ -211,7 +220,7 @@ def batch(position: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def build_optimizers(model: nn.Module, case: Case) -> list[Optimizer]:
     """Split the parameters as the case says; sparse ones and those that Muon doesn't take get their own optimizer."""
-    factory = OPTIMIZERS[case.optimizer]
+    factory = {**OPTIMIZERS, **FUSED}[case.optimizer]
     sparse = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
     parameters = [p for p in model.parameters() if p not in sparse]
     found: list[Optimizer] = []

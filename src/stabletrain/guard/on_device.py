@@ -21,7 +21,14 @@ from stabletrain.guard import measure
 from stabletrain.guard.snapshot import Snapshot
 from stabletrain.guard.verdict import Facts, Reason
 
-FAULTS: tuple[Reason, ...] = ("loss", "overflow", "gradient", "buffer", "optimizer")
+DETAILS: dict[Reason, str] = {
+    "loss": "the loss is {loss}",
+    "overflow": "the gradient norm is {norm} at a finite loss",
+    "gradient": "the gradient norm is {norm:.3g}",
+    "buffer": "a buffer became NaN or Inf, or a running variance grew beyond reason",
+    "optimizer": "a parameter, the optimizer's state or the learning rate is not finite",
+}
+FAULTS: tuple[Reason, ...] = tuple(DETAILS)  # in the order in which they decide
 
 
 def honours_found_inf(optimizer: Optimizer) -> bool:
@@ -180,6 +187,7 @@ def _later(values: Tensor) -> Callable[[], Facts]:
         reason = next((name for name, fault in zip(FAULTS, faults, strict=True) if fault == 1.0), None)
         if reason is None:
             return Facts(None, loss, norm, "")
-        return Facts(reason, loss, math.nan if reason == "loss" else norm, f"loss {loss:.6g}, gradient norm {norm:.6g}")
+        norm = math.nan if reason == "loss" else norm
+        return Facts(reason, loss, norm, DETAILS[reason].format(loss=loss, norm=norm))
 
     return read

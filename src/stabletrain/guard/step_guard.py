@@ -143,6 +143,8 @@ class StepGuard:
             self._buffers.seen_data = True
             if self.scheduler is not None:
                 self.scheduler.step()
+        elif verdict.reason == "optimizer":
+            self._until_state_check = 0  # what is wrong with it stays wrong
         self.ledger.record(verdict)
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,6 +154,7 @@ class StepGuard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the ledger; parameters and optimizer state are checked again at the next step."""
+        self._pending = None
         self.ledger.load_state_dict(state)
         self._buffers.seen_data = self._buffers.seen_data or self.ledger.applied > 0
         self._until_state_check = 0
@@ -307,7 +310,7 @@ class StepGuard:
             return f"the loss is {value}, and before this step parameter {found}"
         if isinstance(loss, Tensor) or len(loss) == 1:
             return f"the loss is {value}"
-        bad = [index for index, item in enumerate(loss) if not math.isfinite(float(item))]
+        bad = [index for index, item in enumerate(loss) if not math.isfinite(item.item())]
         return f"the loss is {value}, in microbatch {', '.join(map(str, bad))} of {len(loss)} (counted from 0)"
 
     def _describe_gradients(self, norm: float) -> str:

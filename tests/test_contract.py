@@ -1,0 +1,115 @@
+"""The contract of every option of every group: it composes, builds, trains 3 updates, and its state makes a round trip."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from composed import checked
+
+from stabletrain import config
+from stabletrain.build import build
+from stabletrain.state import Stateful
+from stabletrain.trainer import train
+from stabletrain.tree import tensors
+
+SMALL = ("experiment=tabular", "batch_size=128", "epochs=1", "seed=3", "base_lr=1e-3", "device=cpu")  # 3 steps
+ROWS = 60  # of the tables written below: 42 of them to train on
+
+# What an option needs besides itself.
+NEEDS: dict[tuple[str, str], Sequence[str]] = {
+    ("model", "convnet"): ("data=digits", "batch_size=419"),
+    ("data", "digits"): ("model=convnet", "batch_size=419"),
+    ("model", "recurrent"): ("data=sequences", "data.samples=60", "batch_size=14"),
+    ("data", "sequences"): ("model=recurrent", "data.samples=60", "batch_size=14"),
+    ("data", "csv"): ("data.path=table.csv", "data.target=kind", "batch_size=14"),
+    ("data", "npz"): ("data.path=table.npz", "batch_size=14"),
+    ("data", "parquet"): ("data.path=table.parquet", "data.target=kind", "batch_size=14"),
+    ("data", "dataset"): ("data.dataset._target_=composed.Points", "+data.dataset.count=60", "batch_size=14"),
+    ("experiment", "digits"): ("batch_size=419",),
+    ("experiment", "sequences"): ("data.samples=60", "batch_size=14"),
+}
+OPTIONS = [
+    (group, option)
+    for group in (*config.group_names(), "preset", "experiment")
+    for option in config.option_names(group)
+]
+
+
+def overrides(group: str, option: str) -> list[str]:
+    small = [word for word in SMALL if not (group == "experiment" and word.startswith("experiment="))]
+    needs = NEEDS.get((group, option), ())
+    replaced = {word.partition("=")[0] for word in needs}
+    return [*(word for word in small if word.partition("=")[0] not in replaced), f"{group}={option}", *needs]
+
+
+def write_tables() -> None:
+    generator = np.random.default_rng(0)
+    kind = np.arange(ROWS) % 2
+    features = generator.normal(size=(ROWS, 3)) + kind[:, None]
+    np.savez("table.npz", x=features.astype(np.float32), y=kind)
+    names = ["a", "b", "c"]
+    rows = [",".join([*(f"{value:.6f}" for value in row), str(label)]) for row, label in zip(features, kind, strict=True)]
+    with open("table.csv", "w") as file:
+        file.write("\n".join([",".join([*names, "kind"]), *rows]) + "\n")
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {name: features[:, column] for column, name in enumerate(names)}
+    parquet.write_table(pyarrow.table({**columns, "kind": kind}), "table.parquet")
+
+
+def stateful_parts(run) -> dict[str, Stateful]:
+    parts = {"model": run.model, "optimizer": run.optimizer, "ema": run.ema, "precision": run.precision}
+    parts |= {"guard": run.guard, "progress": run.progress, "totals": run.totals}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_there_are_options():
+    groups = [group for group, _ in OPTIONS]
+    assert len(OPTIONS) >= 45
+    assert min(groups.count(group) for group in set(groups)) >= 1
+    assert set(groups) == {*config.group_names(), "preset", "experiment"}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}-{option}" for group, option in OPTIONS])
+def test_an_option_composes_builds_trains_and_makes_a_round_trip(group, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tables()
+    given = overrides(group, option)
+
+    run = build(checked(*given), tmp_path / "run", given)
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    summary = train(run)
+
+    assert (summary.status, summary.updates, summary.rejected) == ("completed", 3, 0)
+    assert summary.finite == {"parameters": True, "buffers": True, "optimizer": True}
+    assert not all(map(torch.equal, before, run.model.parameters()))
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+    parts = stateful_parts(run)
+    saved = {name: part.state_dict() for name, part in parts.items()}
+    assert len(list(tensors(saved))) >= len(before)
+    stored = io.BytesIO()
+    torch.save(saved, stored)
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=True)
+    fresh = stateful_parts(build(checked(*given), tmp_path / "other", given))
+    assert list(fresh) == list(parts)
+    assert not same(fresh["model"].state_dict(), saved["model"])
+    for name, part in fresh.items():
+        part.load_state_dict(loaded[name])
+        assert same(part.state_dict(), saved[name]), name

@@ -1,0 +1,78 @@
+"""Randomness is a function of where one stands: the same key gives the same draws, and nothing else is disturbed."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stabletrain.randomness import key, keyed, keyed_all
+
+PARTS = st.lists(st.one_of(st.integers(), st.text(max_size=5)), min_size=1, max_size=4).map(tuple)
+
+
+@given(PARTS, PARTS)
+def test_keys_are_equal_for_equal_parts_only(first: tuple[int | str, ...], second: tuple[int | str, ...]) -> None:
+    assert (key(*first) == key(*second)) == (first == second)
+    assert 0 <= key(*first) < 2**63
+
+
+def test_a_key_is_the_same_in_another_process() -> None:
+    code = "from stabletrain.randomness import key; print(key(3, 'order', 7))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
+    assert int(other.stdout) == key(3, "order", 7)
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def draws() -> tuple[float, float, float]:
+    return float(torch.rand(())), float(np.random.rand()), random.random()
+
+
+def test_keyed_seeds_torch_and_puts_it_back() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    with keyed(key(1)):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(4), expected)
+    with keyed(key(1)):
+        assert torch.equal(torch.rand(3), inside)
+    with keyed(key(2)):
+        assert not torch.equal(torch.rand(3), inside)
+
+
+def test_keyed_all_seeds_three_generators_and_puts_them_back() -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    expected = draws()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    with keyed_all(key(1)):
+        inside = draws()
+    assert draws() == expected
+    with keyed_all(key(1)):
+        assert draws() == inside
+    with keyed_all(key(2)):
+        assert all(one != other for one, other in zip(draws(), inside, strict=True))
+
+
+@pytest.mark.parametrize("block", [keyed, keyed_all])
+def test_generators_are_put_back_after_an_error(block: type[keyed]) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError), block(key(1)):
+        torch.rand(3)
+        raise KeyError("x")
+    assert torch.equal(torch.get_rng_state(), before)
