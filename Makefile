@@ -34,7 +34,7 @@ train-safe: $(INSTALLED) ## train it with the preset safe
 	@$(RUN) -m stabletrain +preset=safe $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests and the examples in docstrings
-	@$(RUN) -m pytest -q -n 2 --dist loadgroup $(ARGS)
+	@$(RUN) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 checks: $(DEVELOPMENT) ## lint, formatting, types, layers
 	@$(RUN) -m ruff check .

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from installation import Installation, install
+from installation import Installation, installation
 
 # A loaded machine must not fail a test, and a failure must repeat.
 settings.register_profile("stabletrain", deadline=None, derandomize=True, print_blob=True)
@@ -24,8 +24,9 @@ settings.load_profile("stabletrain")
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    """Give the installed wheel; mark its tests `xdist_group("wheel")`, so that one worker builds it, once."""
-    return install(tmp_path_factory.mktemp("installed"))
+    """Give the installed wheel, which all workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    return installation((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "installed")
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,10 @@ def test_the_proportion_follows_the_beta_distribution() -> None:
         (lambda: Noise(math.nan), ["std", "nan"]),
         (lambda: Mixup(0.0, 3), ["alpha", "0.0", "above 0"]),
         (lambda: Mixup(0.2, 1), ["num_classes", "1", "from 2"]),
-        (lambda: Mixup(0.2, 3)(([torch.zeros(2), torch.zeros(3)], torch.tensor([0, 1]))), ["list", "augmentation=none"]),
+        (
+            lambda: Mixup(0.2, 3)(([torch.zeros(2), torch.zeros(3)], torch.tensor([0, 1]))),
+            ["list", "augmentation=none"],
+        ),
         (lambda: Mixup(0.2, 3)((torch.tensor([1, 2]), torch.tensor([0, 1]))), ["int64", "floating"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The contract of every option of every group: it composes, builds, trains 3 updates, and its state makes a round trip."""
+"""The contract of every option: it composes, builds, trains 3 updates, and its state makes a round trip."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from composed import checked
 
+from composed import checked
 from stabletrain import config
 from stabletrain.build import build
 from stabletrain.state import Stateful
@@ -52,7 +52,9 @@ def write_tables() -> None:
     features = generator.normal(size=(ROWS, 3)) + kind[:, None]
     np.savez("table.npz", x=features.astype(np.float32), y=kind)
     names = ["a", "b", "c"]
-    rows = [",".join([*(f"{value:.6f}" for value in row), str(label)]) for row, label in zip(features, kind, strict=True)]
+    rows = [
+        ",".join([*(f"{value:.6f}" for value in row), str(label)]) for row, label in zip(features, kind, strict=True)
+    ]
     with open("table.csv", "w") as file:
         file.write("\n".join([",".join([*names, "kind"]), *rows]) + "\n")
     import pyarrow

@@ -33,7 +33,9 @@ def test_lists_and_dictionaries_are_gathered_too() -> None:
     assert int(sample["identity"]) == int(target) == 1
 
 
-@pytest.mark.parametrize("inputs", [torch.zeros(3, 2), [torch.zeros(2)] * 3, {"a": torch.zeros(4), "b": torch.zeros(3)}])
+@pytest.mark.parametrize(
+    "inputs", [torch.zeros(3, 2), [torch.zeros(2)] * 3, {"a": torch.zeros(4), "b": torch.zeros(3)}]
+)
 def test_inputs_and_targets_must_agree(inputs: Any) -> None:
     with pytest.raises(ConfigurationError, match="3 inputs were given with 4 targets"):
         ArrayDataset(inputs, torch.zeros(4))
@@ -43,15 +45,18 @@ def test_one_index_operation_for_each_tensor() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
-        calls: list[str] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[str] = []
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             self.calls.append(str(function))
             return function(*args, **(kwargs or {}))
 
     data = ArrayDataset(torch.randn(50, 3), torch.arange(50))
+    indices = torch.arange(32)
     with Count() as count:
-        data.gather(torch.arange(32))
+        data.gather(indices)
     assert count.calls == ["aten.index_select.default"] * 2
 
 
@@ -106,7 +111,11 @@ def test_class_numbers_are_found_in_a_data_set_and_its_parts(dataset: Any) -> No
     assert found is not None
     assert found.tolist() == NUMBERS
     chosen = torch.tensor([3, 1])
-    for part in (Part(dataset, chosen), Subset(dataset, [3, 1]), Part(Subset(dataset, [0, 3, 1]), torch.tensor([1, 2]))):
+    for part in (
+        Part(dataset, chosen),
+        Subset(dataset, [3, 1]),
+        Part(Subset(dataset, [0, 3, 1]), torch.tensor([1, 2])),
+    ):
         found = class_targets(part)
         assert found is not None
         assert found.tolist() == [1, 2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +61,9 @@ def test_a_table_is_divided_stratified_and_standardised_by_the_training_part(wri
     torch.testing.assert_close(splits.train.inputs.std(0, correction=0), torch.ones(2))
     raw = from_csv(write(table(60)), "kind", validation=0.2, test=0.1, seed=2, standardize=False)
     mean, deviation = raw.train.inputs.double().mean(0), raw.train.inputs.double().std(0, correction=0)
-    torch.testing.assert_close(splits.test.inputs.double(), (raw.test.inputs.double() - mean) / deviation, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        splits.test.inputs.double(), (raw.test.inputs.double() - mean) / deviation, atol=1e-5, rtol=0
+    )
 
 
 def test_chosen_features_keep_their_order(write: Any) -> None:
@@ -117,7 +119,7 @@ def test_nan_and_inf_stop_by_default_with_row_and_column(write: Any) -> None:
 
 
 def test_a_number_beyond_float32_counts_as_infinite(write: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"line 2, column 'x': the value is 1e\+39, beyond the range of float32"):
+    with pytest.raises(ConfigurationError, match=r"line 2, column 'x': .* 1e\+39, beyond .* float32"):
         from_csv(write("x,y\n1e39,0\n"), "y", **RAW)
 
 
@@ -141,7 +143,8 @@ def test_holes_become_the_median_of_the_training_part(write: Any) -> None:
     splits = from_csv(write("x,y\n" + lines), "y", nonfinite="impute", standardize=False, seed=1)
     squares = {float(row * row) for row in range(100) if row % 5 != 0}
     known = [value for (value,) in rows_of(splits) if value in squares]
-    filled = {value for part in (splits.train, splits.test) for (value,) in part.inputs.tolist() if value not in squares}
+    everything = [value for part in (splits.train, splits.test) for (value,) in part.inputs.tolist()]
+    filled = {value for value in everything if value not in squares}
     median = float(np.median(known))
     assert filled == {median} or (median in squares and filled == set())
     assert "20 cells" in splits.notes[0]
@@ -184,7 +187,11 @@ def test_a_column_without_a_value_can_not_be_imputed(write: Any) -> None:
         (table(), {"target": "kind", "encoding": "utf-9"}, ["utf-9"]),
         ("x,y\nnan,0\n", {"nonfinite": "drop"}, ["empty after nonfinite=drop", "1 rows", "impute"]),
         (table(), {"target": "kind", "validation": 0.6, "test": 0.6}, ["0.6", "below 1"]),
-        ("x,y\n1,0\n2,0\n3,0\n4,0\n5,b\n".replace("0", "a"), {"validation": 0.1}, ["class 'b'", "1 sample,", "validation=0"]),
+        (
+            "x,y\n1,0\n2,0\n3,0\n4,0\n5,b\n".replace("0", "a"),
+            {"validation": 0.1},
+            ["class 'b'", "1 sample,", "validation=0"],
+        ),
     ],
 )
 def test_bad_tables_get_one_message(write: Any, text: str, arguments: dict[str, Any], words: list[str]) -> None:
@@ -326,12 +333,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
         "try:\n    from_parquet('mine.parquet', 'y')\n"
         "except ConfigurationError as error:\n    print(error)\n"
     )
-    environment = {"PYTHONPATH": ":".join(entry for entry in sys.path if entry), "PATH": "/usr/bin:/bin"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "stabletrain[parquet]" in result.stdout
     assert "CSV" in result.stdout
-
-
-def test_math_of_the_holes_is_what_the_table_says() -> None:
-    # The table of holes above is only a test of the policies if its cells are what they seem.
-    assert math.isinf(float(np.float64("1e39").astype(np.float32)))

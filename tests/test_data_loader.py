@@ -49,8 +49,8 @@ def indices(steps: Any) -> list[list[list[int]]]:
 def same(first: list[list[Microbatch]], second: list[list[Microbatch]]) -> bool:
     if indices(first) != indices(second):
         return False
-    trees = zip(tensors([[m.data for m in step] for step in first]), tensors([[m.data for m in step] for step in second]))
-    return all(torch.equal(one, other) for one, other in trees)
+    one, other = (list(tensors([[part.data for part in step] for step in steps])) for steps in (first, second))
+    return len(one) == len(other) and all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,9 +71,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(
     if batch_size == 0:
         return
     data = numbered(count)
-    loader = Loader(
-        data, batch_size=batch_size, accumulate=accumulate, seed=seed, shuffle=shuffle, drop_last=drop_last
-    )
+    loader = Loader(data, batch_size=batch_size, accumulate=accumulate, seed=seed, shuffle=shuffle, drop_last=drop_last)
     steps = list(loader.epoch(epoch))
     seen = [index for step in indices(steps) for part in step for index in part]
     assert len(steps) == loader.steps_per_epoch

@@ -45,9 +45,16 @@ def test_applied_puts_the_parameters_back_bit_for_bit_even_after_an_error() -> N
     with torch.no_grad():
         layer.weight.add_(1.0)
     before = layer.weight.detach().clone()
-    with pytest.raises(KeyError), average.applied(layer):
-        assert not torch.equal(layer.weight, before)
-        raise KeyError
+    seen: list[bool] = []
+
+    def fail() -> None:
+        with average.applied(layer):
+            seen.append(torch.equal(layer.weight, before))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert seen == [False]
     assert torch.equal(layer.weight, before)
 
 

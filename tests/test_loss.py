@@ -66,7 +66,9 @@ def test_focal_loss_in_float32_is_close_to_float64(seed: int, gamma: float, smoo
     logits, targets = problem(seed)
     values, _ = FocalLoss(gamma, label_smoothing=smoothing)(logits.float(), targets)
     assert values.dtype == torch.float32
-    torch.testing.assert_close(values.double(), formula(logits.float(), targets, gamma, smoothing), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        values.double(), formula(logits.float(), targets, gamma, smoothing), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)

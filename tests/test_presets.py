@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from composed import checked, composed
 from omegaconf import OmegaConf
 
+from composed import checked, composed
 from stabletrain import config
 
 PRESETS = ("normal", "stable", "safe")

@@ -264,9 +264,7 @@ class BadValidation(Classification):
         return {"loss": math.nan, "accuracy": 0.5}
 
 
-def test_validation_that_is_not_finite_is_loud_and_never_best(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_validation_that_is_not_finite_is_loud_and_never_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         summary = train(make(tmp_path, task=BadValidation(CrossEntropy())))
     said = [record.getMessage() for record in caplog.records if "validation is not finite" in record.getMessage()]
@@ -341,7 +339,7 @@ def test_resuming_with_another_model_says_what_differs(tmp_path: Path) -> None:
         tracking=QUIET,
         folder=tmp_path,
     )
-    with pytest.raises(ConfigurationError, match="another model: weight is new; bias is new; 0.weight is gone"):
+    with pytest.raises(ConfigurationError, match=r"another model: weight is new; bias is new; 0.weight is gone"):
         train(other)
 
 
@@ -353,7 +351,7 @@ def test_resuming_with_other_batches_is_refused(tmp_path: Path, change: dict[str
 
 
 def test_resume_must_find_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="resume=must, but .* holds no checkpoint"):
+    with pytest.raises(ConfigurationError, match=r"resume=must, but .* holds no checkpoint"):
         train(make(tmp_path, resume="must"))
 
 
@@ -375,7 +373,7 @@ def test_the_step_fits_one_screen() -> None:
 
 
 def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(ConfigurationError, match="device is 'cuda:9'.*allowed: auto, cpu"):
+    with pytest.raises(ConfigurationError, match=r"device is 'cuda:9'.*allowed: auto, cpu"):
         find_device("cuda:9")
     with pytest.raises(ConfigurationError, match="device is 'gpu'"):
         find_device("gpu")

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -91,7 +91,7 @@ def _job(config: DictConfig, jobs: list[Job], codes: list[int], debug: bool) -> 
     """Train once and return the final validation metric; a failure is told here, and raised for sweepers that ask."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    overrides = [str(word) for word in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]
+    overrides = cast("list[str]", OmegaConf.to_container(hydra_config.overrides.task, resolve=False))  # as given
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
     job = Job(overrides=overrides, folder=folder)
     if in_sweep:

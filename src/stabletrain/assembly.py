@@ -96,9 +96,7 @@ def assemble(
     )
     chosen_precision = precision(device=place)
     chosen_optimizer = optimizer(model.parameters())
-    chosen_schedule = schedule(
-        total_updates=epochs * loader.steps_per_epoch, updates_per_epoch=loader.steps_per_epoch
-    )
+    chosen_schedule = schedule(total_updates=epochs * loader.steps_per_epoch, updates_per_epoch=loader.steps_per_epoch)
     average = ema(model) if ema is not None else None
     step_guard = StepGuard(
         model,

@@ -154,7 +154,9 @@ def _check(parameters: Iterable[Parameter], *, betas: Iterable[float] = (), **nu
     for name, value in numbers.items():
         if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
             advice = " (base_lr times lr_scale, unless optimizer.lr is given)" if name == "lr" else ""
-            raise ConfigurationError(f"optimizer.{name} is {value!r}{advice}; it must be a finite number of at least 0.")
+            raise ConfigurationError(
+                f"optimizer.{name} is {value!r}{advice}; it must be a finite number of at least 0."
+            )
     if any(not 0 <= beta < 1 for beta in betas):
         raise ConfigurationError(f"optimizer.betas is {list(betas)}; both must be at least 0 and below 1.")
     found = [parameter for parameter in parameters if parameter.requires_grad]

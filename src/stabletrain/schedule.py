@@ -141,9 +141,7 @@ def warmup_linear(
     return factor
 
 
-def _warmup(
-    total_updates: int, updates_per_epoch: int, epochs: float, updates: int | None, start: float
-) -> Warmup:
+def _warmup(total_updates: int, updates_per_epoch: int, epochs: float, updates: int | None, start: float) -> Warmup:
     _check_factor("schedule.warmup_from", start)
     length = updates if updates is not None else round(epochs * updates_per_epoch)
     given = f"{updates} updates" if updates is not None else f"{epochs} epochs of {updates_per_epoch} updates"

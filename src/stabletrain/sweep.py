@@ -54,12 +54,12 @@ class Job:
 
 
 def table(jobs: Sequence[Job]) -> str:
-    """Return one line for each job: overrides, status, final validation metric.
+    r"""Return one line for each job: overrides, status, final validation metric.
 
     Example:
         >>> good = {"status": "completed", "metrics": {"final": {"loss": 0.25}, "test": {"accuracy": 0.5}}}
         >>> print(table([Job(overrides=["seed=0"], folder=Path("a"), summary=good),
-        ...              Job(overrides=["seed=1", "base_lr=9"], folder=Path("b"), error="too much\\nof it")]))
+        ...              Job(overrides=["seed=1", "base_lr=9"], folder=Path("b"), error="too much\nof it")]))
         job  overrides         status     validation loss  test accuracy  error
           0  seed=0            completed             0.25            0.5
           1  seed=1 base_lr=9  failed                                     too much

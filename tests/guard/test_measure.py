@@ -52,6 +52,12 @@ def test_learning_rates(rate: float | torch.Tensor, bad: bool) -> None:
     assert (measure.bad_learning_rate([good, judged]) is not None) == bad
 
 
+def test_a_rate_on_a_device_is_not_waited_for() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = torch.tensor(NAN, device="meta")  # reading it would fail
+    assert measure.bad_learning_rate([optimizer]) is None
+
+
 def test_state_is_finite_sees_parameters_and_state() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([weight])

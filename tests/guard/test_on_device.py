@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabletrain.clipping import Norm, Value
+from stabletrain.guard import StepGuard
 
 from .worlds import FUSED, PLACES, VALUES, Case, Poison, World, differences, nonfinite
 
@@ -38,9 +39,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("model", ["batch norm", "embedding with max_norm"])
 def test_nothing_is_read_in_the_steady_state(model: str, clip: Any, precision: str) -> None:
     """200 steps, with buffers, clipping, loss scaling and a schedule; three of them bad."""
-    world = World(
-        Case(Poison("input", math.nan), model, "fused adamw", precision), clip=clip, keep_on_device=True
-    )
+    world = World(Case(Poison("input", math.nan), model, "fused adamw", precision), clip=clip, keep_on_device=True)
     if world.scaler is not None:
         world.scaler.set_growth_interval(1000)
     reads = Reads()
@@ -60,12 +59,13 @@ def test_nothing_is_read_in_the_steady_state(model: str, clip: Any, precision: s
     assert not nonfinite(world.state())
 
 
+MODELS = ("batch norm", "layer norm", "embedding with max_norm", "own buffer reassigned", "own buffer resized")
 CASES = [
     Case(Poison(place, value), model, optimizer, precision, clipping, accumulation, moment=moment)
     for index, (optimizer, place, value) in enumerate(itertools.product(FUSED, PLACES, VALUES))
     for model, precision, clipping, accumulation, moment in [
         (
-            ("batch norm", "layer norm", "embedding with max_norm", "own buffer reassigned", "own buffer resized")[index % 5],
+            MODELS[index % len(MODELS)],
             ("fp32", "fp16", "bf16", "fp16")[index % 4],
             ("norm", "none", "value")[index // 2 % 3],
             ("1", "1", "4, the last bad")[index // 3 % 3],
@@ -98,8 +98,9 @@ def check(case: Case) -> str:
     assert not nonfinite(poisoned.state()), nonfinite(poisoned.state())
     different = differences(poisoned.state(), holed.state())
     assert not different, f"traces of a step rejected for its {verdict.reason}: {different}"
-    for name, tensor in host.model.state_dict().items():
-        torch.testing.assert_close(poisoned.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    if "sgd" in case.optimizer and case.precision == "fp32":  # others enlarge what rounding leaves of a gradient of 0
+        for name, tensor in host.model.state_dict().items():
+            torch.testing.assert_close(poisoned.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
     return verdict.reason or "applied"
 
 
@@ -113,6 +114,57 @@ def test_a_rejected_step_leaves_no_trace_on_the_device_either(optimizer: str) ->
         except AssertionError as problem:
             raise AssertionError(str(case)) from problem
     assert {"applied", "loss", "gradient"} <= outcomes.keys(), outcomes
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_keeps_the_state_that_it_has_without_the_guard(momentum: float) -> None:
+    layers = [torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)]
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=momentum, fused=True) for layer in layers]
+    guard = StepGuard(layers[0], optimizers[0], keep_on_device=True)
+    losses = [layer(torch.ones(3, 4)).mean() for layer in layers]
+    for loss in losses:
+        loss.backward()
+    guard.step(losses[0])
+    optimizers[1].step()
+    states = [[state.get("momentum_buffer") for state in optimizer.state.values()] for optimizer in optimizers]
+    assert [sum(item is not None for item in state) for state in states] == [2 if momentum > 0 else 0] * 2
+
+
+def test_a_verdict_from_before_loading_is_not_counted() -> None:
+    world = World(Case(Poison("input", math.nan), optimizer="fused adamw"), keep_on_device=True)
+    state = world.guard.state_dict()
+    loss = world._forward(0, 0, None)
+    loss.backward()
+    world.guard.step(loss)
+    world.guard.load_state_dict(state)
+    assert world.guard.stats.steps == 0
+
+
+class Norms(TorchDispatchMode):
+    """Counts how often lists of tensors are measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ == "_foreach_norm"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("model", "keep_on_device", "passes"), [
+    ("layer norm", False, 1), ("layer norm", True, 1), ("batch norm", False, 2), ("batch norm", True, 3),
+])  # fmt: skip
+def test_a_healthy_step_measures_gradients_once_and_buffers_once(model: str, keep_on_device: bool, passes: int) -> None:
+    """On the device buffers are measured before and after; parameters and optimizer state are not, as a rule."""
+    world = World(Case(Poison("input", 0.0), model, "fused adamw"), keep_on_device=keep_on_device)
+    for position in range(5):
+        loss = world._forward(position, 0, None)
+        loss.backward()
+        with Norms() as norms:
+            world.guard.step(loss)
+        assert norms.count == passes or position == 0
+    world.guard.settle()
 
 
 def test_the_scheduler_moves_at_the_next_step_and_only_for_applied_ones() -> None:

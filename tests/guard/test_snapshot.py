@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabletrain.guard import Snapshot
+from stabletrain.guard import Snapshot, StepGuard
 
 from . import models
 
@@ -96,21 +96,58 @@ class Sometimes(nn.Module):
         return inputs * self.weight
 
 
-def test_a_parameter_that_begins_to_move_is_reported_and_copied_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+class Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def test_a_parameter_that_begins_to_move_is_reported_and_copied_from_then_on() -> None:
     module = Sometimes()
     snapshot = Snapshot([module])
-    snapshot.take()
-    module(torch.ones(2))
-    snapshot.note_moved_parameters()
-    module.changes = True
-    for halvings in (1, 1):
+    heard, log = Heard(), logging.getLogger("stabletrain.guard.snapshot")
+    log.addHandler(heard)
+    for changes, expected in ((False, 1.0), (True, 0.5), (True, 0.5)):
+        module.changes = changes
         snapshot.take()
         module(torch.ones(2))
-        with caplog.at_level(logging.WARNING):
-            snapshot.note_moved_parameters()
+        snapshot.note_moved_parameters()
         snapshot.restore()
-        assert module.weight.tolist() == [0.5**halvings] * 2
-    assert [record.message[:35] for record in caplog.records] == ["a forward changed 1 parameters that"]
+        assert module.weight.tolist() == [expected] * 2
+    log.removeHandler(heard)
+    assert len(heard.messages) == 1 and "changed 1 parameters that no forward had changed before" in heard.messages[0]
+
+
+def test_after_the_first_step_only_parameters_that_move_are_copied() -> None:
+    """Copying them all would cost the memory of a second model."""
+    for name, moving in (("batch norm", 0), ("embedding with max_norm", 1), ("parameter changed through .data", 1)):
+        model = models.build(name)
+        with torch.no_grad():
+            model.last.bias[0] = float("nan")  # NaN is what it was before
+        guard = StepGuard(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in range(2):
+            loss = model(torch.randn(6, models.FEATURES), torch.zeros(6, dtype=torch.int64)).mean()
+            loss.backward()
+            assert len(guard._snapshot._parameter_copies) in (moving, len(list(model.parameters())))
+            guard.step(loss)
+            assert len(guard._snapshot._parameter_copies) == moving
+        model(torch.randn(6, models.FEATURES), torch.zeros(6, dtype=torch.int64))
+        assert len(guard._snapshot._parameter_copies) == moving
+
+
+def test_a_module_in_extra_is_copied_whole_also_where_no_change_was_seen() -> None:
+    teacher = nn.Linear(2, 2)
+    snapshot = Snapshot([nn.Linear(2, 2)], [teacher])
+    for changes in (False, True):
+        before = teacher.weight.clone()
+        snapshot.take()
+        teacher.weight.data.add_(1.0 if changes else 0.0)
+        snapshot.note_moved_parameters()
+        snapshot.restore()
+        assert torch.equal(teacher.weight, before)
 
 
 @pytest.mark.parametrize("rejected", [True, False])

@@ -160,7 +160,9 @@ def test_a_rejected_step_leaves_no_trace(capsys: pytest.CaptureFixture[str], rec
     assert {"applied", "loss", "gradient", "buffer", "overflow"} <= set(counts)
 
 
-STEP = st.one_of(st.none(), st.builds(Poison, st.sampled_from(PLACES), st.sampled_from((*VALUES, -float("inf"), -1e30))))
+STEP = st.one_of(
+    st.none(), st.builds(Poison, st.sampled_from(PLACES), st.sampled_from((*VALUES, -float("inf"), -1e30)))
+)
 FEW_MODELS = ("batch norm and dropout", "embedding with max_norm", "new spectral norm", "own buffer reassigned")
 
 
@@ -171,9 +173,7 @@ FEW_MODELS = ("batch norm and dropout", "embedding with max_norm", "new spectral
     precision=st.sampled_from(PRECISIONS),
     clipping=st.sampled_from(tuple(CLIPPINGS)),
 )
-@settings(
-    max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
+@settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_sequence_equals_its_applied_steps(
     steps: list[Poison | None], model: str, optimizer: str, precision: str, clipping: str
 ) -> None:

@@ -186,7 +186,9 @@ class World:
         """Keep the gradients that the optimizers are given from now on."""
 
         def keep(optimizer: Optimizer, *_: Any) -> None:
-            given = [p.grad.to_dense().clone() for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            given = [
+                p.grad.to_dense().clone() for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+            ]
             self.applied = (self.applied or []) + given
 
         for optimizer in self.optimizers:

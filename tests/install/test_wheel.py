@@ -12,7 +12,6 @@ import pytest
 from installation import Installation
 
 PROJECT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.xdist_group("wheel")  # one worker builds it, once
 
 
 def expected() -> set[str]:

@@ -55,5 +55,6 @@ def _folders(place: Path) -> list[str]:
 
 @functools.cache
 def root_keys() -> frozenset[str]:
+    """Return the keys that a composed config may have at its root: those of `config.yaml`, and the groups."""
     primary = OmegaConf.load(conf_folder() / "config.yaml")
     return frozenset(str(key) for key in primary) - {"defaults", "hydra"} | set(group_names())

@@ -194,7 +194,7 @@ def from_npz(
     file = _existing(path, ".npz")
     source = f"the .npz file {str(path)!r}"
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             names = list(getattr(archive, "files", ()))
             for name in (x, y):
                 if name not in names:

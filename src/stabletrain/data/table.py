@@ -245,5 +245,5 @@ def _standardized(features: Floats, train: Integers) -> Floats:
     deviation = known.std(axis=axes, keepdims=True)
     # A constant column's deviation is a rounding error, not always 0: dividing by it would make noise large.
     constant = deviation <= 1e-12 * np.abs(known).max(axis=axes, keepdims=True)
-    result: Floats = (features - mean) / np.where(constant, 1.0, deviation)
+    result: Floats = np.where(constant, 0.0, (features - mean) / np.where(constant, 1.0, deviation))
     return result

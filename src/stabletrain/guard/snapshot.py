@@ -76,7 +76,9 @@ class Snapshot:
         kept = iter(self._copies)
         for slot in self.slots:
             now, before = slot.owner.get(slot.name), next(kept) if slot.tensor is not None else None
-            if (now is None) != (before is None) or (now is not None and before is not None and not _alike(now, before)):
+            if (now is None) != (before is None) or (
+                now is not None and before is not None and not _alike(now, before)
+            ):
                 return False
         return True
 
@@ -186,8 +188,7 @@ def _has_weight(module: nn.Module) -> bool:
 def _fit(now: list[Tensor], before: list[Tensor], copies: list[Tensor]) -> bool:
     """Return whether the copies of the tensors before have room for the tensors now."""
     return len(now) == len(before) and all(
-        tensor is known and _alike(tensor, kept)
-        for tensor, known, kept in zip(now, before, copies, strict=True)
+        tensor is known and _alike(tensor, kept) for tensor, known, kept in zip(now, before, copies, strict=True)
     )
 
 

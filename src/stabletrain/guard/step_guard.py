@@ -77,7 +77,7 @@ class StepGuard:
         if max_norm is not None and (clip is not None or not max_norm > 0):
             raise ConfigurationError(f"max_norm is {max_norm}; give a positive number, or `clip` instead, not both.")
         self.models = [model] if isinstance(model, nn.Module) else list(model)
-        self.optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.scheduler = scheduler
         self.policy = policy or Policy()
@@ -211,8 +211,6 @@ class StepGuard:
     def _judge_buffers(self) -> str | None:
         """Compare with the sizes after the last applied step; only when those look odd, with the copy itself."""
         buffers = self._snapshot.buffers()
-        if not buffers:
-            return None
         sizes = measure.buffer_sizes([current for _, current, _ in buffers]).tolist()
         limit = self._buffers.max_growth
         known = len(self._buffer_sizes) == len(sizes)
@@ -276,9 +274,7 @@ class StepGuard:
                     parameter.grad = None
 
     def _stays_on_device(self) -> bool:
-        wanted = self._keep_on_device
-        if wanted is None:
-            wanted = can_skip_on_device(self.optimizers)
+        wanted = can_skip_on_device(self.optimizers) if self._keep_on_device is None else self._keep_on_device
         return wanted and self.policy.on_rejection != "none" and self._snapshot.restorable_on_device
 
     def _step_on_device(self, loss: Tensor | Sequence[Tensor]) -> Verdict:

@@ -116,7 +116,7 @@ def forward_backward(run: Run, step: Step) -> list[Tensor]:
             weight = _at_least_something(output.weight)
             if number == 0:
                 expected = weight * len(step.microbatches)
-            run.precision.scale(output.loss_sum / expected).backward()
+            run.precision.scale(output.loss_sum / expected).backward()  # type: ignore[no-untyped-call]
         losses.append((output.loss_sum / weight).detach())
         total = total + output.weight
     if isinstance(total, Tensor) or isinstance(expected, Tensor) or total != expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -77,5 +78,5 @@ def summarise(run: Run, status: Status, start: float, samples_before: int, messa
     )
 
 
-def _finite(tensors: list[Tensor]) -> bool:
+def _finite(tensors: Sequence[Tensor]) -> bool:
     return first_nonfinite((str(index), tensor.detach()) for index, tensor in enumerate(tensors)) is None

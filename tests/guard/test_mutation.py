@@ -1,0 +1,194 @@
+"""Deletes one statement of the guard at a time, and shows that the other tests of this folder go red each time."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import math
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from stabletrain.guard import measure, on_device, snapshot, step_guard
+
+from . import test_measure, test_on_device, test_snapshot, test_transaction, test_traps
+from .worlds import Case, Poison
+
+NAN, INF = math.nan, math.inf
+
+# Everything that copies, puts back, decides where, or leaves the scaler and the schedule right.
+TARGETS: list[tuple[Any, tuple[str, ...]]] = [
+    (
+        snapshot.Snapshot,
+        ("__init__", "restorable_on_device", "take", "note_moved_parameters", "restore", "restore_where", "buffers"),
+    ),
+    (snapshot, ("_fit", "_identical", "_copy_extra", "_restore_extra")),
+    (
+        step_guard.StepGuard,
+        ("step", "begin", "settle", "load_state_dict", "forget", "remove", "_check_begun", "_judge", "_judge_buffers",
+         "_judge_optimizers", "_commit", "_undo", "_drop_gradients", "_stays_on_device", "_step_on_device"),
+    ),
+    (step_guard._BeforeForward, ("__call__",)),
+    (step_guard._AfterLoading, ("__call__",)),
+    (step_guard._Hook, ("__deepcopy__", "__reduce__")),
+    (on_device, ("honours_found_inf", "_bad_buffers", "_prepare_momentum")),
+    (on_device.DeviceStep, ("__init__", "run", "_unscale", "_update_scale", "_step_unless")),
+    (measure.BufferJudge, ("bad",)),
+    (measure, ("bad_learning_rate", "state_tensors", "have_seen_data")),
+]  # fmt: skip
+
+# Statements that may go without anybody noticing, and why.
+DECLARED = "declares what `take` fills"
+HARMLESS = {
+    "Snapshot.__init__: self.slots: list[BufferSlot] = []": DECLARED,
+    "Snapshot.__init__: self._parameter_copies: list[tuple[nn.Parameter, Tensor]] = []": DECLARED,
+    "Snapshot.__init__: self._versions: list[int] = []": DECLARED,
+    "Snapshot.__init__: self._extra_copies: list[Any] = []": DECLARED,
+    "Snapshot.__init__: self._random_states: list[Tensor] = []": DECLARED,
+    "stabletrain.guard.measure.bad_learning_rate: return None": "the last line, where Python returns None by itself",
+    "stabletrain.guard.on_device._bad_buffers: if not found: return never": "the CPU needs no tensor on a device",
+    "stabletrain.guard.on_device._bad_buffers: return never": "the CPU needs no tensor on a device",
+}
+
+
+def host(model: str, place: str, value: float, **settings: Any) -> Callable[[], object]:
+    return lambda: test_transaction.check(Case(Poison(place, value), model, **settings))
+
+
+def device(model: str, place: str, value: float, **settings: Any) -> Callable[[], object]:
+    return lambda: test_on_device.check(Case(Poison(place, value), model, **{"optimizer": "fused adamw", **settings}))
+
+
+CHECKS: list[Callable[[], object]] = [
+    host("batch norm and dropout", "loss", NAN),
+    host("batch norm", "gradient", NAN, precision="fp16", ema=True),
+    host("batch norm", "gradient", 1e30, precision="fp16", clipping="none"),
+    host("layer norm", "loss", NAN, precision="fp16", moment="first"),
+    host("outside state", "input", NAN),
+    *(host(f"own buffer {way}", "loss", INF, ema=True) for way in test_snapshot.models.OWN_BUFFERS),
+    host("embedding with max_norm", "label", NAN),
+    host("parameter changed through .data", "backward", INF, moment="first"),
+    host("sparse embedding", "gradient", NAN, clipping="value"),
+    host("new spectral norm", "gradient", INF, parameters="one without gradient"),
+    host("batch norm", "forward", 1e30, parameters="two optimizers", precision="fp16"),
+    device("batch norm", "loss", NAN, optimizer="fused sgd momentum", moment="first"),
+    device("batch norm", "gradient", NAN, precision="fp16"),
+    device("batch norm", "loss", NAN, precision="fp16"),
+    device("batch norm", "gradient", 1e30, precision="fp16", clipping="none"),
+    device("embedding with max_norm", "input", NAN, clipping="none"),
+    device("parameter changed through .data", "input", NAN),
+    device("batch norm", "forward", 1e30),
+    device("own buffer registered late", "loss", NAN),
+    device("own buffer None, then set", "loss", NAN),
+    device("own buffer resized", "loss", NAN),
+]
+
+
+def suite() -> Iterator[Callable[[], object]]:
+    """Give the quick tests of this folder that need no fixture, once for each of their parameters."""
+    for module in (test_traps, test_snapshot, test_measure, test_on_device):
+        for name, test in vars(module).items():
+            if not name.startswith("test_") or isinstance(test, ModuleType) or name in SLOW:
+                continue
+            marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            wanted = set(inspect.signature(test).parameters)
+            choices: list[dict[str, Any]] = [{}]
+            for mark in marks:
+                names, values = mark.args
+                names = [names] if isinstance(names, str) and "," not in names else names
+                rows = [dict(zip(names, [row] if len(names) == 1 else row, strict=True)) for row in values]
+                choices = [{**choice, **row} for choice in choices for row in rows]
+            if wanted == set(choices[0]):
+                yield from (lambda t=test, c=choice: t(**c) for choice in choices)
+
+
+SLOW = {
+    "test_nothing_is_read_in_the_steady_state",
+    "test_a_rejected_step_leaves_no_trace_on_the_device_either",
+    "test_optimizers_that_ignore_found_inf_are_never_asked_to_honour_it",
+}
+
+
+@dataclass
+class Mutant:
+    """One function without one of its statements."""
+
+    owner: Any
+    name: str
+    statement: str
+    function: Any
+
+    def __str__(self) -> str:
+        return f"{getattr(self.owner, '__name__', self.owner)}.{self.name}: {self.statement}"
+
+
+def mutants() -> Iterator[Mutant]:
+    """Leave out each statement of each target in turn, but docstrings and assertions."""
+    for owner, names in TARGETS:
+        for name in names:
+            original = inspect.getattr_static(owner, name)
+            plain = original.fget if isinstance(original, property) else original
+            tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
+            module = sys.modules[inspect.unwrap(plain).__module__]
+            places = [
+                (number, field, index)
+                for number, node in enumerate(ast.walk(tree))
+                for field in ("body", "orelse", "finalbody")
+                if number > 0 and isinstance(getattr(node, field, None), list)
+                for index in range(len(getattr(node, field)))
+            ]
+            for number, field, index in places:
+                mutated = copy.deepcopy(tree)
+                statements = getattr(list(ast.walk(mutated))[number], field)
+                gone = statements[index]
+                documents = isinstance(gone, ast.Expr) and isinstance(gone.value, ast.Constant)
+                if documents or isinstance(gone, (ast.Assert, ast.Pass)):
+                    continue
+                statements[index] = ast.copy_location(ast.Pass(), gone)
+                made: dict[str, Any] = {}
+                exec(compile(mutated, f"<{name} without line {gone.lineno}>", "exec"), vars(module), made)
+                yield Mutant(owner, name, " ".join(ast.unparse(gone).split())[:90], made[name])
+
+
+def dies(mutant: Mutant, checks: list[Callable[[], object]]) -> bool:
+    """Run the checks against the mutant; the one that finds it goes to the front."""
+    original = inspect.getattr_static(mutant.owner, mutant.name)
+    setattr(mutant.owner, mutant.name, mutant.function)
+    try:
+        for index, check in enumerate(checks):
+            try:
+                check()
+            except (Exception, pytest.fail.Exception):
+                checks.insert(0, checks.pop(index))
+                return True
+    finally:
+        setattr(mutant.owner, mutant.name, original)
+    return False
+
+
+def test_the_checks_pass_on_the_guard_as_it_is() -> None:
+    checks = [*CHECKS, *suite()]
+    assert len(checks) > 100
+    for check in checks:
+        check()
+
+
+def test_each_statement_of_the_guard_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [*CHECKS, *suite()]
+    tried, survivors, excused = 0, [], set()
+    for mutant in mutants():
+        tried += 1
+        if not dies(mutant, checks):
+            (excused.add if str(mutant) in HARMLESS else survivors.append)(str(mutant))
+    missed = tried - len(survivors) - len(excused)
+    with capsys.disabled():
+        print(f"\n{tried} statements of the guard left out, one at a time: {missed} were missed")
+    assert not survivors, f"{len(survivors)} of {tried} can go without a test noticing:\n" + "\n".join(survivors)
+    assert excused == HARMLESS.keys(), "an excuse that isn't needed any more"
+    assert tried > 150
