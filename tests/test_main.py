@@ -196,6 +196,9 @@ def test_somebodys_own_configs_and_code(tmp_path, capsys):
         (["data=csv", "data.path=missing.csv", "data.target=kind"], "missing.csv"),
         (["model=1e3"], "put it into quotes"),
         (["device=cuda:99"], "cuda:99"),
+        (["checkpoint.keep_last=0"], "checkpoint.keep_last=0"),
+        (["tracking.progress=foo"], "tracking.progress='foo'"),
+        (["resume=must"], "resume=must, but"),
     ],
 )
 def test_bad_configuration_is_code_2_and_one_message_and_leaves_nothing(words, said, tmp_path, capsys):

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stabletrain import config as configs
 from stabletrain.errors import ConfigurationError, Interrupted, UnstableTraining
+from stabletrain.folder import LOCK_NAME
 from stabletrain.sweep import Job, table, unchanged_surroundings, write_table
 
 COMPLETED, FAILED, MISCONFIGURED, UNSTABLE, INTERRUPTED = 0, 1, 2, 3, 75
@@ -154,8 +155,11 @@ def _conclude(jobs: Sequence[Job], codes: Sequence[int]) -> int:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove a run's folder that holds nothing, and `runs/` above it if that holds nothing else."""
+    """Remove a run's folder that holds nothing but our lock, and `runs/` above it if that holds nothing else."""
+    lock = folder / LOCK_NAME
     with suppress(OSError):  # it holds something, or isn't there
+        if [entry.name for entry in folder.iterdir()] == [LOCK_NAME] and lock.read_text().strip() == str(os.getpid()):
+            lock.unlink()
         folder.rmdir()
         folder.parent.rmdir()
 

@@ -129,6 +129,7 @@ def assemble(
         folder=run_folder,
         resume=resume,
         identity={"seed": seed, "batch_size": batch_size, "accumulate": accumulate, "data": splits.fingerprint()},
+        notes=list(splits.notes),
         settings=settings or {},
         overrides=list(overrides),
     )

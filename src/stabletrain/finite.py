@@ -57,9 +57,11 @@ def global_norm(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
     first = dense[0].device
     devices = {tensor.device for tensor in dense}
     if len(devices) == 1:
-        return torch.linalg.vector_norm(sizes(dense, exact=exact))
+        norm: Tensor = torch.linalg.vector_norm(sizes(dense, exact=exact))
+        return norm
     parts = [global_norm([t for t in dense if t.device == device], exact=exact).to(first) for device in devices]
-    return torch.linalg.vector_norm(torch.stack(parts))
+    combined: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return combined
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:

@@ -54,7 +54,11 @@ class Snapshot:
         self._parameters = list(
             dict.fromkeys(p for module in self._modules for p in module._parameters.values() if p is not None)
         )
-        self._moving = [m.weight for m in self._modules if getattr(m, "max_norm", None) is not None and _has_weight(m)]
+        self._moving = [
+            module.weight
+            for module in self._modules
+            if getattr(module, "max_norm", None) is not None and isinstance(module.weight, nn.Parameter)
+        ]
         self._watching = False  # whether parameters that move were looked for already
         self._extra = [_check_extra(item) for item in extra]
         device = self._parameters[0].device if self._parameters else torch.device("cpu")
@@ -179,10 +183,6 @@ class Snapshot:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-
-
-def _has_weight(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def _fit(now: list[Tensor], before: list[Tensor], copies: list[Tensor]) -> bool:

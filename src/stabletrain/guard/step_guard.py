@@ -354,5 +354,5 @@ def _hook(module: nn.Module, guard: StepGuard) -> list[Any]:
     after = _AfterLoading(guard)
     return [
         module.register_forward_pre_hook(_BeforeForward(guard), prepend=True),
-        *(part.register_load_state_dict_post_hook(after) for part in module.modules()),
+        *(part.register_load_state_dict_post_hook(after) for part in module.modules()),  # type: ignore[no-untyped-call]
     ]

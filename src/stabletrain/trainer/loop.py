@@ -50,6 +50,8 @@ def train(run: Run) -> Summary:
         run.tracker.begin(
             run.settings, environment, run.epochs * run.loader.steps_per_epoch, run.progress, overrides=run.overrides
         )
+        for note in run.notes:
+            run.tracker.warning(note)
         samples_before = run.progress.samples
         try:
             while run.progress.epoch < run.epochs:
@@ -119,9 +121,9 @@ def forward_backward(run: Run, step: Step) -> list[Tensor]:
             run.precision.scale(output.loss_sum / expected).backward()  # type: ignore[no-untyped-call]
         losses.append((output.loss_sum / weight).detach())
         total = total + output.weight
-    if isinstance(total, Tensor) or isinstance(expected, Tensor) or total != expected:
-        if len(step.microbatches) > 1:
-            scale_all(gradients([run.optimizer]), expected / _at_least_something(total))
+    known_equal = not isinstance(total, Tensor) and not isinstance(expected, Tensor) and total == expected
+    if len(step.microbatches) > 1 and not known_equal:
+        scale_all(gradients([run.optimizer]), expected / _at_least_something(total))
     return losses
 
 

@@ -47,6 +47,7 @@ class Run:
     resume: str = "auto"  # auto, never, must, or a checkpoint's path
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change between a run and its resumption
     settings: dict[str, Any] = field(default_factory=dict)  # the resolved config, for the record
+    notes: list[str] = field(default_factory=list)  # what was done to the data, for the user to read
     overrides: list[str] = field(default_factory=list)  # what was given on the command line, for the record
     progress: Progress = field(default_factory=Progress)
     totals: EpochTotals = field(default_factory=EpochTotals)
