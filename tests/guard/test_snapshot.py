@@ -83,6 +83,16 @@ def test_a_buffer_of_another_precision_is_copied_anew() -> None:
     assert layer.running_mean.dtype == torch.float64 and layer.running_mean.tolist() == [1e-12, 1e-12]
 
 
+def test_a_module_with_another_kind_of_max_norm_is_no_embedding() -> None:
+    class Capped(nn.Module):
+        max_norm = 1.0
+
+    snapshot = Snapshot([Capped()])
+    snapshot.take()
+    snapshot.restore()
+    assert not snapshot.taken
+
+
 class Sometimes(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -55,9 +55,10 @@ class Snapshot:
             dict.fromkeys(p for module in self._modules for p in module._parameters.values() if p is not None)
         )
         self._moving = [
-            module.weight
+            weight
             for module in self._modules
-            if getattr(module, "max_norm", None) is not None and isinstance(module.weight, nn.Parameter)
+            if getattr(module, "max_norm", None) is not None
+            and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
         ]
         self._watching = False  # whether parameters that move were looked for already
         self._extra = [_check_extra(item) for item in extra]
