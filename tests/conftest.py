@@ -42,6 +42,7 @@ def known_start() -> Iterator[None]:
     torch.set_num_threads(before["threads"])
     torch.use_deterministic_algorithms(before["deterministic algorithms"])
     torch.set_grad_enabled(before["gradients enabled"])
+    torch.set_float32_matmul_precision(before["matmul precision"])
     assert after == before, f"the test left global settings changed: {before} became {after}"
 
 

@@ -172,9 +172,9 @@ class Tracker:
         """
         numbers = [int(index) for index in indices]
         more = f" and {len(numbers) - _SHOWN_INDICES} more" if len(numbers) > _SHOWN_INDICES else ""
-        colon = ": " if detail else ""
+        reason = f"{record['reason']}: {detail}" if detail else record["reason"]
         line = (
-            f"step {record['steps']} (epoch {record['epoch']}, step {record['step']}) rejected: {record['reason']}{colon}{detail}; "
+            f"step {record['steps']} (epoch {record['epoch']}, step {record['step']}) rejected: {reason}; "
             f"loss {_number(record.get('loss'))}, gradient norm {_number(record.get('grad_norm'))}; "
             f"samples {numbers[:_SHOWN_INDICES]}{more}"
         )
