@@ -1,6 +1,6 @@
 """Largest resident memory of a process that trains, with the trainer against a bare loop.
 
-    python benchmarks/memory.py [--steps 40]
+python benchmarks/memory.py [--steps 40]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How well and how fast each preset trains an experiment: whole processes, one after the other.
 
-    python benchmarks/presets.py [--experiment digits] [--seeds 0 1 2 3 4] [key=value ...]
+python benchmarks/presets.py [--experiment digits] [--seeds 0 1 2 3 4] [key=value ...]
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from installation import Installation
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text()
-pytestmark = pytest.mark.xdist_group("wheel")
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,13 @@ class Block:
 
 
 BLOCKS = [Block(*found) for found in re.findall(r"```(\w+) ?(\w*)\n(.*?)```", README, re.DOTALL)]
-COMMANDS = [
-    line.partition("  #")[0].strip()
+SHELL = [
+    [line.partition("  #")[0].strip() for line in block.text.splitlines() if line.strip()]
     for block in BLOCKS
     if block.language == "sh"
-    for line in block.text.splitlines()
-    if line.strip()
 ]
-PROGRAMS = [command for command in COMMANDS if command.startswith("python -m stabletrain")]
+COMMANDS = [command for commands in SHELL for command in commands]
+PROGRAMS = [commands for commands in SHELL if commands[0].startswith("python -m stabletrain")]
 TARGETS = [command for command in COMMANDS if command.startswith("make ")]
 
 
@@ -64,13 +61,14 @@ def write_files(folder: Path) -> None:
 
 
 def test_every_command_is_one_that_this_test_knows() -> None:
-    assert len(PROGRAMS) >= 8
-    assert set(COMMANDS) == {*PROGRAMS, *TARGETS}
+    assert sum(map(len, PROGRAMS)) >= 8
+    assert set(COMMANDS) == {*(command for commands in PROGRAMS for command in commands), *TARGETS}
 
 
-def test_the_commands_of_stabletrain(installed: Installation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("commands", PROGRAMS, ids=lambda commands: commands[0])
+def test_the_commands_of_stabletrain(commands: list[str], installed: Installation, tmp_path: Path) -> None:
     write_files(tmp_path)
-    for command in PROGRAMS:
+    for command in commands:
         words = shlex.split(command)
         done = installed.run(words[0], *words[1:], folder=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -78,10 +76,13 @@ def test_the_commands_of_stabletrain(installed: Installation, tmp_path: Path) ->
             assert "max_norm" not in done.stdout
         else:
             assert re.search(r"0 of \d+ steps were rejected|completed", done.stdout), command
-    summary = json.loads((tmp_path / "runs" / "first" / "summary.json").read_text())
-    assert (summary["status"], summary["updates"], summary["preset"]) == ("completed", 117, "normal")
-    history = (tmp_path / "runs" / "mine" / "history.csv").read_text().splitlines()
-    assert len(list(csv.DictReader(history))) == 3
+    run = tmp_path / "runs" / "first"
+    if run.exists():
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["status"], summary["updates"], summary["preset"]) == ("completed", 117, "normal")
+    run = tmp_path / "runs" / "mine"
+    if run.exists():
+        assert len((run / "history.csv").read_text().splitlines()) == 1 + 3  # a header, three epochs
 
 
 def test_the_folder_of_a_run_holds_what_the_table_says(installed: Installation, tmp_path: Path) -> None:

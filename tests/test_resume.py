@@ -22,9 +22,7 @@ COMMAND = [
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [*COMMAND, *more], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([*COMMAND, *more], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -78,7 +76,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("resume")
 def test_killed_twice_in_mid_epoch_it_ends_at_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     for rows in (8, 57):
         process = start(tmp_path)
@@ -90,7 +87,6 @@ def test_killed_twice_in_mid_epoch_it_ends_at_the_same_bits(undisturbed: Path, t
         assert_same(one, other)
 
 
-@pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_continues(
     undisturbed: Path, tmp_path: Path, number: signal.Signals
@@ -109,7 +105,6 @@ def test_a_signal_saves_and_the_same_command_continues(
         assert_same(one, other)
 
 
-@pytest.mark.xdist_group("resume")
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     first = start(tmp_path, "epochs=400")
     wait_for_steps(tmp_path, 3, first)
@@ -123,7 +118,6 @@ def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     finish(first)
 
 
-@pytest.mark.xdist_group("resume")
 def test_the_main_job_learns_the_digits(tmp_path: Path) -> None:
     """The bar of the preset `safe`: at least 96 % of the test digits, all of 120 epochs, no step rejected."""
     command = [sys.executable, "-m", "stabletrain", "+preset=safe", "name=digits", "tracking.progress=none"]

@@ -11,6 +11,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 ProgressStyle = Literal["auto", "bar", "lines", "none"]
 
 
+# What matters fits in 80 columns; the bar takes what is left.
+_BAR_FORMAT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix} |{bar}|"
+
+
 class _QuietBar(tqdm):  # type: ignore[misc]
     monitor_interval = 0  # no thread of its own: it is redrawn by time, from the training loop
 
@@ -34,12 +38,14 @@ class Console:
         """Start to show a run that has `steps` of `total_steps` behind it."""
         self._total = total_steps
         if self.style == "bar":
-            self._bar = _QuietBar(total=total_steps, initial=steps, file=sys.stderr, unit="step", dynamic_ncols=True)
+            self._bar = _QuietBar(
+                total=total_steps, initial=steps, file=sys.stderr, dynamic_ncols=True, bar_format=_BAR_FORMAT
+            )
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show where the run stands."""
         counts = f"applied {record['updates']} rejected {record['steps'] - record['updates']}"
-        values = _values({name: record.get(name) for name in ("loss", "grad_norm", "lr")})
+        values = _values({"loss": record.get("loss"), "norm": record.get("grad_norm"), "lr": record.get("lr")})
         if self._bar is not None:
             self._bar.n = record["steps"]
             self._bar.set_postfix_str(f"{values} {counts}", refresh=False)
