@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import stabletrain
 from stabletrain.checkpoint import CheckpointStore, nonfinite_names
 from stabletrain.checkpoint.files import manifest_text
 from stabletrain.checkpoint.plain import plain
@@ -115,10 +116,13 @@ assert store.latest()["model"]["weight"][0] == 4
 """
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
+
+
 def run(script: str, *arguments: object) -> str:
     """Run a script of its own, which must succeed, and return what it prints."""
     words = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -313,7 +317,7 @@ def test_some_and_none_good_is_an_error_each_time(tmp_path: Path) -> None:
         store.save(simple(1.0), updates=updates)
         flip(store.folder / f"step_{updates:09d}" / "state.pt", 700)
     for _ in range(2):
-        with pytest.raises(ConfigurationError, match="none of the checkpoints .* is good"):
+        with pytest.raises(ConfigurationError, match=r"none of the checkpoints .* is good"):
             CheckpointStore(tmp_path).latest()
     assert names(store) == ["step_000000001.corrupt", "step_000000002.corrupt"]
 
@@ -643,7 +647,7 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
     manifest["format"] = 2
     (path / "manifest.json").write_text(manifest_text(manifest))
     for read in (store.latest, lambda: store.load(path)):
-        with pytest.raises(ConfigurationError, match="has format 2.*reads format 1; use the version that wrote it"):
+        with pytest.raises(ConfigurationError, match=r"has format 2.*reads format 1; use the version that wrote it"):
             read()
     assert names(store) == ["step_000000001"]
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import stabletrain
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import AppendedFile, RunFolder, json_text, write_whole
 
@@ -44,10 +45,13 @@ while True:
 """
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
+
+
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     """Start a script of its own and wait for its first line."""
     words = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True, env=ENVIRONMENT)
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -159,7 +163,7 @@ def test_unwritable_folder_is_a_configuration_error(tmp_path: Path, place: str) 
     """The message names the folder and says what to do."""
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "run" if place == "below a file" else Path("/proc/1/run")
-    with pytest.raises(ConfigurationError, match="can't be written.*choose another folder") as caught:
+    with pytest.raises(ConfigurationError, match=r"can't be written.*choose another folder") as caught:
         RunFolder(path)
     assert str(path) in str(caught.value)
 

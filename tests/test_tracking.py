@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import logging
 import math
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +22,13 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-    SCALARS,
+from tensorboard.backend.event_processing.plugin_event_accumulator import (  # type: ignore[import-untyped]
     TENSORS,
     EventAccumulator,
 )
 from tensorboard.plugins.hparams import plugin_data_pb2  # type: ignore[import-untyped]
 
+import stabletrain
 from stabletrain import __version__
 from stabletrain.errors import ConfigurationError
 from stabletrain.state import Progress
@@ -125,10 +128,13 @@ tracker.close()
 """
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
+
+
 def script(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a script of its own, which must succeed."""
     words = [sys.executable, "-c", text, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -190,7 +196,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def read_events(folder: Path) -> Any:
     """Return what TensorBoard itself reads from a run's folder, every point of it."""
-    accumulator = EventAccumulator(str(folder), size_guidance={SCALARS: 0, TENSORS: 0})
+    accumulator = EventAccumulator(str(folder), size_guidance={TENSORS: 0})
     accumulator.Reload()
     return accumulator
 
@@ -202,8 +208,8 @@ def texts(accumulator: Any, tag: str) -> list[str]:
 
 def curve(accumulator: Any, tag: str) -> dict[int, float]:
     """Return the points of a curve; each step has one."""
-    points = accumulator.Scalars(tag)
-    found = {point.step: float(point.value) for point in points}
+    points = accumulator.Tensors(tag)
+    found = {point.step: float(point.tensor_proto.float_val[0]) for point in points}
     assert len(found) == len(points)
     return found
 
@@ -335,7 +341,7 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
     assert curve(found, "epoch/val_accuracy") == pytest.approx({7: 0.9, 14: 0.9})
     assert min(curve(found, "time/steps_per_second").values()) > 0
     assert len(curve(found, "time/epoch_seconds")) == 2
-    assert not {"step/epoch", "step/updates", "step/applied", "epoch/epoch"} & set(found.Tags()[SCALARS])
+    assert not {"step/epoch", "step/updates", "step/applied", "epoch/epoch"} & set(found.Tags()[TENSORS])
     tracker.close()
 
 
@@ -542,9 +548,9 @@ def test_bar_in_a_terminal_and_lines_elsewhere(terminal: bool) -> None:
         assert done.stderr == "" and done.stdout.splitlines()[-1] == "0 of 40 steps were rejected"
         return
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     words = [sys.executable, "-c", TERMINAL]
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60, env=ENVIRONMENT)
     os.close(theirs)
     shown = b""
     try:
@@ -562,7 +568,8 @@ def test_closed_output_does_not_stop_training() -> None:
     text = TERMINAL.replace("Tracker(None)", "Tracker(None, progress='lines')") + "\nassert tracker.errors > 0"
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.Popen([sys.executable, "-u", "-c", text], stdout=writer, stderr=subprocess.PIPE)
+    words = [sys.executable, "-u", "-c", text]
+    process = subprocess.Popen(words, stdout=writer, stderr=subprocess.PIPE, env=ENVIRONMENT)
     os.close(writer)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said.decode()

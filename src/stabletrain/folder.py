@@ -108,7 +108,7 @@ def _strict(value: Any) -> Any:
 
 
 class AppendedFile:
-    """A file that grows by whole pieces: what can't be written completely is taken back.
+    r"""A file that grows by whole pieces: what can't be written completely is taken back.
 
     Each piece goes to the operating system at once, so that killing the process loses nothing.
 
@@ -119,7 +119,7 @@ class AppendedFile:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = AppendedFile(Path(folder, "a.csv"))
-        ...     file.append(b"1,2\\n")
+        ...     file.append(b"1,2\n")
         ...     file.close()
         ...     print(Path(folder, "a.csv").read_text(), end="")
         1,2

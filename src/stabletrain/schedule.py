@@ -144,10 +144,10 @@ def warmup_linear(
 def _warmup(total_updates: int, updates_per_epoch: int, epochs: float, updates: int | None, start: float) -> Warmup:
     _check_factor("schedule.warmup_from", start)
     length = updates if updates is not None else round(epochs * updates_per_epoch)
-    given = f"{updates} updates" if updates is not None else f"{epochs} epochs of {updates_per_epoch} updates"
+    spelled = "" if updates is not None else f"{epochs} epochs of {updates_per_epoch} updates = "
     if length < 0 or length >= total_updates:
         raise ConfigurationError(
-            f"the warm-up takes {given} = {length} updates, but the run has {total_updates}; it must be at least 0 and "
+            f"the warm-up takes {spelled}{length} updates, but the run has {total_updates}; it must be at least 0 and "
             f"shorter than the run. Lower schedule.warmup_epochs or schedule.warmup_updates, or raise epochs."
         )
     return Warmup(length, start)

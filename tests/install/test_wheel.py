@@ -44,7 +44,7 @@ def test_the_metadata_say_what_it_is(installed: Installation) -> None:
     metadata = archive.read(f"{folder}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: <3.14,>=3.10" in metadata
-    assert "Requires-Dist: torch>=2.6\n" in metadata
+    assert "Requires-Dist: torch>=2.9\n" in metadata
     assert "stabletrain = stabletrain.__main__:main" in archive.read(f"{folder}/entry_points.txt").decode()
     assert "Apache License" in archive.read(f"{folder}/licenses/LICENSE").decode()
 

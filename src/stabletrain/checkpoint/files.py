@@ -83,12 +83,14 @@ def write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the published checkpoints in `folder`, good or not, without those that were set aside."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.glob("step_*") if path.is_dir() and not path.name.endswith(".corrupt"))
 
 
 def free_name(folder: Path, name: str, suffix: str = "") -> str:
+    """Return `name` + `suffix`, with a number between them where that is taken in `folder`."""
     candidate, number = f"{name}{suffix}", 1
     while (folder / candidate).exists():
         number += 1
@@ -102,6 +104,16 @@ def manifest_text(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> Checkpoint:
+    """Return what the manifest of the checkpoint in `path` says.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Raises:
+        BadCheckpoint: it is missing, torn or altered.
+        ConfigurationError: its format isn't known.
+        OSError: it can't be read now.
+    """
     try:
         text = (path / MANIFEST_NAME).read_bytes()
         manifest = json.loads(text)
@@ -134,6 +146,7 @@ def read_manifest(path: Path) -> Checkpoint:
 
 
 def manifest_or_none(path: Path) -> Checkpoint | None:
+    """Return what the manifest says, or None for one that can't be used."""
     try:
         return read_manifest(path)
     except (BadCheckpoint, OSError, ConfigurationError):

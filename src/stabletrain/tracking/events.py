@@ -65,21 +65,21 @@ class EventFile:
 
     Args:
         folder: the run's folder.
-        purge_step: TensorBoard hides what earlier files of this run hold from this step on; None hides nothing.
+        purge_step: TensorBoard hides what earlier files of this run hold from this step on.
 
     Raises:
         OSError: the file can't be written.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+    def __init__(self, folder: Path, purge_step: int) -> None:
         # TensorBoard reads a run's files in the order of their names.
         begun = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*.stabletrain")]
         number = max([int(time.time()), *(second + 1 for second in begun)])
         self._file = AppendedFile(folder / f"events.out.tfevents.{number:010d}.stabletrain")
         try:
             self._write(Event(file_version="brain.Event:2", step=0))
-            if purge_step is not None:
-                self._write(Event(session_log=SessionLog(status=SessionLog.START), step=purge_step))
+            # In the first file too: TensorBoard takes the first start that it sees for no restart, and hides nothing.
+            self._write(Event(session_log=SessionLog(status=SessionLog.START), step=purge_step))
         except OSError:
             self.close()
             raise

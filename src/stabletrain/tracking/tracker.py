@@ -116,9 +116,7 @@ class Tracker:
         from stabletrain.tracking.events import EventFile  # needs TensorBoard, which a run without it needn't load
 
         assert self.folder is not None
-        went_on = any(self.folder.glob("events.out.tfevents.*"))
-        purge_step = (progress.steps + 1 if progress.steps > 0 else 0) if went_on else None
-        self._events = EventFile(self.folder, purge_step)
+        self._events = EventFile(self.folder, progress.steps + 1 if progress.steps > 0 else 0)
         self._events.text(0, "config", "".join(f"    {line}\n" for line in config.splitlines()))
         self._events.begin_hparams(_flat(settings))
 
