@@ -322,6 +322,9 @@ def test_truncate_needs_no_space_and_no_file(tmp_path: Path) -> None:
     before = (tmp_path / "a.csv").stat().st_ino
     table.truncate("step", 3)
     assert (tmp_path / "a.csv").read_text() == "step\n0\n1\n2\n" and (tmp_path / "a.csv").stat().st_ino == before
+    (tmp_path / "a.csv").write_text("step,loss\n0,0.5\n1,0.25")  # the last row is torn: perhaps it was 0.2512
+    table.truncate("step", 3)
+    assert (tmp_path / "a.csv").read_text() == "step,loss\n0,0.5\n"
     (tmp_path / "a.csv").write_text("something else\n1\n")
     table.truncate("step", 3)
     assert (tmp_path / "a.csv").read_text() == ""

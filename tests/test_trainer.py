@@ -382,3 +382,37 @@ def test_a_device_that_is_not_there() -> None:
 def test_counts_that_make_no_sense() -> None:
     with pytest.raises(ConfigurationError, match="epochs is 0; it must be a whole number of at least 1"):
         assemble(network(), Splits(train=points()), epochs=0)
+
+
+def test_resume_never_starts_anew_and_sets_the_earlier_run_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(make(folder, epochs=4))
+    summary = train(make(folder, resume="never"))
+    assert summary.steps == 18
+    assert len(table(folder / "history.csv")) == 3
+    assert len(table(tmp_path / "run-before-1" / "history.csv")) == 4
+    train(make(folder, resume="never"))
+    assert (tmp_path / "run-before-2" / "summary.json").exists()
+
+
+def test_a_damaged_best_checkpoint_does_not_fail_a_finished_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make(tmp_path)
+    run.test = run.validation
+    assert run.checkpoint is not None
+    load = run.checkpoint.load
+
+    def damaged(path: Path) -> Any:
+        file = path / "state.pt"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        return load(path)
+
+    run.checkpoint.load = damaged  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING):
+        summary = train(run)
+    assert summary.status == "completed"
+    assert summary.metrics["test"] == summary.metrics["final"]
+    assert "the best checkpoint can't be read" in caplog.text

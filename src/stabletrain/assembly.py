@@ -76,7 +76,7 @@ def assemble(
         checkpoint: makes the store of checkpoints from the run's folder.
         tracking: makes the tracker from the run's folder.
         folder: where the run leaves its files; None: it leaves none.
-        resume: `auto`, `never`, `must`, or the path of a checkpoint.
+        resume: `auto`, `never` (what the folder holds is set aside), `must`, or the path of a checkpoint.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         workers: processes that read samples; 0: this one. Data in memory needs none.
         settings: the resolved config, for the record.
@@ -106,6 +106,8 @@ def assemble(
         policy=guard,
     )
     run_folder = RunFolder(folder) if folder is not None else None
+    if run_folder is not None and resume == "never":
+        run_folder.set_aside()
     store = checkpoint(run_folder.path) if run_folder is not None else None
     if store is not None:
         store.exempt(nonfinite_names(model.state_dict()))
@@ -157,7 +159,9 @@ def fit(model: nn.Module, splits: Splits, *, epochs: int, lr: float = 1e-4, **op
         >>> from stabletrain.model import ConvNet
         >>> data = digits(seed=0)
         >>> model = ConvNet(in_channels=1, num_classes=10, image_size=(8, 8))
-        >>> summary = fit(model, data, epochs=1, lr=1e-3)
+        >>> summary = fit(model, data, epochs=1, lr=1e-3)  # doctest: +ELLIPSIS
+        epoch 0 train_loss ...
+        0 of 39 steps were rejected
         >>> summary.status, summary.rejected
         ('completed', 0)
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -216,6 +217,26 @@ class RunFolder:
         for stale in self.path.glob(f"{TEMPORARY_PREFIX}*"):
             if stale.is_file():
                 stale.unlink(missing_ok=True)
+
+    def set_aside(self) -> Path | None:
+        """Move what an earlier run left here to a folder beside this one, `<name>-before-1` or the next free number.
+
+        Returns:
+            That folder, or None if there was nothing to move.
+        """
+        left = [entry for entry in self.path.iterdir() if entry.name != LOCK_NAME]
+        if not left:
+            return None
+        numbers = itertools.count(1)
+        aside = next(p for n in numbers if not (p := self.path.with_name(f"{self.path.name}-before-{n}")).exists())
+        try:
+            aside.mkdir()
+            for entry in left:
+                entry.rename(aside / entry.name)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        logger.warning("%s held an earlier run, which is now in %s", self.path, aside)
+        return aside
 
     def close(self) -> None:
         """Give the lock back; a second time does nothing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
 import shutil
@@ -209,12 +208,13 @@ class CheckpointStore:
         return self._best_of(sorted(self._good_manifests(), key=lambda checkpoint: -checkpoint.serial))
 
     def _best_of(self, newest_first: list[Checkpoint]) -> Checkpoint | None:
-        # The manifests are the record: the best is never removed, so it is always among them. Of equals, the oldest.
+        # The manifests are the record: the best is never removed, so it is always among them. NaN is null there.
+        # Of equals, the oldest.
         sign = 1.0 if self.mode == "min" else -1.0
         rated = [
             (sign * value, checkpoint.serial, checkpoint)
             for checkpoint in newest_first
-            if (value := checkpoint.metrics.get(self.metric)) is not None and math.isfinite(value)
+            if (value := checkpoint.metrics.get(self.metric)) is not None
         ]
         return min(rated, key=lambda item: item[:2])[2] if rated else None
 

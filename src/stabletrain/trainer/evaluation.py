@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stabletrain.data import Microbatch
+from stabletrain.errors import ConfigurationError
 from stabletrain.finite import first_nonfinite
 from stabletrain.randomness import key, keyed
 from stabletrain.trainer.run import Run
@@ -63,7 +64,11 @@ def measure_test(run: Run) -> None:
         return
     last = {"model": run.model.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else {}}
     last = {part: _cloned(state) for part, state in last.items()}
-    saved = run.checkpoint.load(best.path)
+    try:
+        saved = run.checkpoint.load(best.path)
+    except ConfigurationError as error:
+        run.tracker.warning(f"the best checkpoint can't be read, so the test measures the last weights: {error}")
+        saved = last
     try:
         _put_weights(run, saved)
         run.metrics["test"] = evaluate(run, run.test)

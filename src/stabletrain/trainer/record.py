@@ -29,8 +29,10 @@ def record(run: Run, step: Step) -> None:
         "applied": verdict.applied,
         "reason": verdict.reason,
     }
-    if run.precision.scaler is not None and not verdict.pending:
-        row["scale"] = run.precision.scaler.get_scale()
+    if run.precision.scaler is not None:
+        # Asking for it waits for the device, so only where it is written down.
+        shown = not verdict.applied or run.tracker.wants(run.progress.steps)
+        row["scale"] = run.precision.scaler.get_scale() if shown else None
     if not verdict.applied:
         run.totals.rejected += 1
         run.tracker.rejected(row, _indices(step), verdict.detail)
