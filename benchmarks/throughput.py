@@ -197,31 +197,45 @@ def main() -> None:
     for name in arguments.workloads:
         load = workloads()[name]
         with tempfile.TemporaryDirectory() as folder:
-            loops = {
-                "bare": bare(load),
-                "usual": usual(load),
-                "trainer": ours(load, Path(folder) / "run"),
-                "plain": plain(load, guard="none"),
-                "by hand": plain(load, guard="by hand"),
-                "StepGuard": plain(load, guard="StepGuard"),
-            }
             epoch = len(load.inputs) // load.batch_size
-            start = time.perf_counter()
-            loops["bare"](epoch)
-            steps = epoch * max(1, round(arguments.seconds / (time.perf_counter() - start)))
-            seconds = compare(loops, steps, arguments.pairs)
-            print(f"\n{name}: {steps} steps a turn")
-            for loop_name, turns in seconds.items():
-                calls = python_calls(loops[loop_name], epoch)
-                print(f"  {loop_name:10s} {statistics.median(turns) / steps * 1e3:9.3f} ms  {calls:6.0f} calls a step")
-            for label, above, below in (
-                ("trainer against bare", "bare", "trainer"),
-                ("trainer against the usual loop", "usual", "trainer"),
-                ("StepGuard's cost over no guard", "StepGuard", "plain"),
-                ("StepGuard's cost over one by hand", "StepGuard", "by hand"),
-            ):
-                value, low, high = ratio(seconds[above], seconds[below])
-                print(f"  {label:34s} {value:.3f} [{low:.3f}, {high:.3f}]")
+            whole = {"bare": bare(load), "usual": usual(load), "trainer": ours(load, Path(folder) / "run")}
+            guards = {guard: plain(load, guard=guard) for guard in ("none", "by hand", "StepGuard")}
+            step_seconds = timed(whole["bare"], epoch) / epoch
+            print(f"\n{name}: {step_seconds * 1e3:.2f} ms a step")
+            turns = epoch * max(1, round(arguments.seconds / step_seconds / epoch))
+            report(
+                compare(whole, turns, arguments.pairs),
+                turns,
+                {"bare": ("bare", "trainer"), "usual": ("usual", "trainer")},
+                "speed of the trainer against {}",
+            )
+            # Short turns, and more of them: the difference is small against the machine's drift.
+            turns = max(1, round(arguments.seconds / 5 / step_seconds))
+            report(
+                compare(guards, turns, 5 * arguments.pairs),
+                turns,
+                {"no guard": ("StepGuard", "none"), "one by hand": ("StepGuard", "by hand")},
+                "time with StepGuard against {}",
+            )
+            for loop_name, loop in {**whole, **guards}.items():
+                print(f"  {loop_name:10s} {python_calls(loop, epoch):6.0f} calls of Python functions a step")
+
+
+def timed(loop: Loop, steps: int) -> float:
+    """Return the seconds of some steps, after as many to warm up."""
+    loop(steps)
+    start = time.perf_counter()
+    loop(steps)
+    return time.perf_counter() - start
+
+
+def report(seconds: dict[str, list[float]], steps: int, pairs: dict[str, tuple[str, str]], sentence: str) -> None:
+    """Print medians and the ratios asked for."""
+    medians = ", ".join(f"{name} {statistics.median(turns) / steps * 1e3:.3f} ms" for name, turns in seconds.items())
+    print(f"  {len(next(iter(seconds.values())))} turns of {steps} steps: {medians}")
+    for label, (above, below) in pairs.items():
+        value, low, high = ratio(seconds[above], seconds[below])
+        print(f"    {sentence.format(label)}: {value:.3f} [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":
