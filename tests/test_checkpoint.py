@@ -24,9 +24,9 @@ import torch
 
 import stabletrain
 from stabletrain.checkpoint import CheckpointStore, nonfinite_names
-from stabletrain.checkpoint.files import manifest_text
-from stabletrain.checkpoint.plain import plain
 from stabletrain.errors import ConfigurationError
+from stabletrain.plain import plain
+from stabletrain.sealed import manifest_text
 
 # One parent imports torch once; its children save without end and are killed at random moments, most of them in a save.
 KILLED = """

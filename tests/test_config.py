@@ -56,7 +56,7 @@ def test_no_option_has_a_name_that_yaml_reads_as_something_else():
 
 def test_every_group_is_in_the_defaults_and_has_options():
     chosen = checked()
-    assert len(config.group_names()) == 14
+    assert len(config.group_names()) == 15
     for group in config.group_names():
         assert "_target_" in chosen[group], group
         assert len(config.option_names(group)) >= 1, group

@@ -16,20 +16,24 @@ PACKAGE = SOURCE / "stabletrain"
 
 # From the bottom up. A module (or package) imports from lines above its own only, and from itself.
 LAYERS = (
-    {"errors", "finite", "randomness", "signals", "state", "tree"},
+    {"errors", "finite", "plain", "randomness", "signals", "state", "tree"},
     {"folder"},
+    {"sealed"},
     {
         "augmentation",
         "checkpoint",
         "clipping",
         "data",
         "ema",
+        "fault",
         "guard",
+        "incident",
         "loss",
         "model",
         "optimizer",
         "parallel",
         "precision",
+        "quarantine",
         "schedule",
         "task",
         "tracking",

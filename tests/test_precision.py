@@ -62,6 +62,16 @@ def test_a_layer_normalisation_module_computes_in_float32_under_float16() -> Non
         assert norm(hidden).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_train_under_float16_on_the_cpu(kind: Any) -> None:
+    layer = kind(3, 4, batch_first=True)
+    with Precision("float16").autocast():
+        hidden = layer(nn.Linear(2, 3)(torch.randn(2, 5, 2)))[0]
+    assert hidden.dtype == torch.float32
+    hidden.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
 def test_only_float16_scales_the_loss() -> None:
     assert Precision("float32").scaler is None
     assert Precision("bfloat16").scaler is None

@@ -46,7 +46,8 @@ def test_presets_are_what_the_table_says():
     assert normal["checkpoint"]["every_updates"] is None
     assert stable["checkpoint"]["every_updates"] is None
     assert safe["checkpoint"]["every_updates"] >= 1
-    assert all(values["guard"]["on_rejection"] == "skip" for values in (normal, stable, safe))
+    assert [values["guard"]["on_rejection"] for values in (normal, stable, safe)] == ["skip", "salvage", "rollback"]
+    assert [values["guard"].get("scan", False) for values in (normal, stable, safe)] == [False, False, True]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

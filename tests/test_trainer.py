@@ -27,6 +27,7 @@ from stabletrain.schedule import warmup_cosine
 from stabletrain.task import Classification, Output
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, evaluate, loop, train
+from stabletrain.trainer.step import forward_backward
 
 QUIET = partial(Tracker, progress="none", log_every=1)
 
@@ -87,7 +88,7 @@ def with_a_hole(run: Run, poisoned: set[int]) -> None:
                 continue
             step = loop.Step(epoch=epoch, index=index, rate=0.0, microbatches=microbatches)
             run.guard.begin()
-            losses = loop.forward_backward(run, step)
+            losses = forward_backward(run, step)
             loop.set_learning_rate(run.optimizer, run.schedule(run.progress.updates))
             step.verdict = run.guard.step(losses)
             loop.finish_step(run, step)
@@ -170,7 +171,7 @@ def test_the_gradient_is_that_of_the_weighted_mean(tmp_path: Path, accumulate: i
     )
     microbatches = next(iter(run.loader.epoch(0)))
     assert len(microbatches) == accumulate
-    loop.forward_backward(run, loop.Step(epoch=0, index=0, rate=0.0, microbatches=microbatches))
+    forward_backward(run, loop.Step(epoch=0, index=0, rate=0.0, microbatches=microbatches))
     reference = nn.Linear(5, 3).double()
     reference.load_state_dict(model.state_dict())
     total = (weights * reference(inputs).square().sum(1)).sum() / (weights.sum() if weights.sum() > 0 else 1.0)

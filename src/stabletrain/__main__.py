@@ -26,7 +26,17 @@ from stabletrain.sweep import Job, table, unchanged_surroundings, write_table
 COMPLETED, FAILED, MISCONFIGURED, UNSTABLE, INTERRUPTED = 0, 1, 2, 3, 75
 
 # What the file system may refuse: a matter of the folder or the disk, not of the program.
-_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+_DISK = {
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 
 
 class _StopSweep(BaseException):

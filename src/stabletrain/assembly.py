@@ -20,15 +20,19 @@ from stabletrain.clipping import Clipping, NoClipping, Norm
 from stabletrain.data import Loader, OrderedLoader, Splits
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.errors import ConfigurationError
+from stabletrain.fault import Fault, NoFault, Surroundings
 from stabletrain.folder import RunFolder
 from stabletrain.guard import Policy, StepGuard
+from stabletrain.incident import IncidentStore
 from stabletrain.loss import CrossEntropy
 from stabletrain.optimizer import adamw
 from stabletrain.precision import Precision
+from stabletrain.quarantine import Quarantine
 from stabletrain.schedule import Schedule, warmup_cosine
 from stabletrain.task import Classification, Task
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, Summary, train
+from stabletrain.trainer.rollback import Rollback
 
 
 def assemble(
@@ -46,6 +50,7 @@ def assemble(
     clipping: Clipping = Norm(1.0),  # noqa: B008 (frozen)
     augmentation: Callable[[Any], Any] = Unchanged(),  # noqa: B008 (without state)
     guard: Policy = Policy(),  # noqa: B008 (frozen)
+    fault: Fault | None = None,
     ema: Callable[[nn.Module], ExponentialMovingAverage | None] | None = None,
     checkpoint: Callable[[Path], CheckpointStore] = CheckpointStore,
     tracking: Callable[[Path | None], Tracker] = Tracker,
@@ -72,6 +77,7 @@ def assemble(
         clipping: what limits the gradients.
         augmentation: what is done to a microbatch before the forward pass.
         guard: what counts as a bad step and what follows.
+        fault: a rehearsed fault; None: none.
         ema: makes the average of the weights, or None.
         checkpoint: makes the store of checkpoints from the run's folder.
         tracking: makes the tracker from the run's folder.
@@ -105,10 +111,27 @@ def assemble(
         scaler=chosen_precision.scaler,
         policy=guard,
     )
+    chosen_fault = fault or NoFault()
+    notes = [
+        *splits.notes,
+        *chosen_fault.check(
+            Surroundings(
+                model=model,
+                total_steps=epochs * loader.steps_per_epoch,
+                batch_size=batch_size,
+                loss_scale=chosen_precision.scaler is not None,
+                folder=Path(folder) if folder is not None else None,
+            )
+        ),
+    ]
+    quarantine = Quarantine()
+    if guard.quarantine is not None:
+        quarantine.take(guard.quarantine, len(splits.train))
     run_folder = RunFolder(folder) if folder is not None else None
     if run_folder is not None and resume == "never":
         run_folder.set_aside()
     store = checkpoint(run_folder.path) if run_folder is not None else None
+    incidents = IncidentStore(run_folder.path, max_incidents=guard.max_incidents) if run_folder is not None else None
     if store is not None:
         store.exempt(nonfinite_names(model.state_dict()))
     return Run(
@@ -128,10 +151,14 @@ def assemble(
         epochs=epochs,
         seed=seed,
         device=place,
+        fault=chosen_fault,
+        quarantine=quarantine,
+        incidents=incidents,
+        rollback=Rollback(guard) if guard.on_rejection == "rollback" else None,
         folder=run_folder,
         resume=resume,
         identity={"seed": seed, "batch_size": batch_size, "accumulate": accumulate, "data": splits.fingerprint()},
-        notes=list(splits.notes),
+        notes=notes,
         settings=settings or {},
         overrides=list(overrides),
     )

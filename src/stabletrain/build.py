@@ -32,7 +32,7 @@ RUN_TIME: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # group: (position
     "tracking": (("folder",), ()),
 }
 ROOT_ARGUMENTS = ("epochs", "batch_size", "accumulate", "seed", "device", "workers", "resume")
-AUTO_GROUPS = ("model", "loss", "augmentation")  # groups in which the value `auto` is taken from the data
+AUTO_GROUPS = ("model", "loss", "augmentation", "fault")  # groups in which the value `auto` is taken from the data
 
 
 class PartFailed(RuntimeError):
@@ -58,7 +58,9 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
     with keyed_all(key(seed, "data")):
         splits = _splits(_part("data", config), seed)
     config_here = _with_facts(config, splits)
-    parts = {group: _part(group, config_here) for group in ("loss", "augmentation", "guard", "clipping", *RUN_TIME)}
+    parts = {
+        group: _part(group, config_here) for group in ("loss", "augmentation", "guard", "clipping", "fault", *RUN_TIME)
+    }
     with keyed_all(key(seed, "model")):
         model = _part("model", config_here)
     if not isinstance(model, nn.Module):
@@ -133,7 +135,7 @@ def _splits(data: Any, seed: int) -> Splits:
 
 
 def _with_facts(config: dict[str, Any], splits: Splits) -> dict[str, Any]:
-    """Return the config with each `auto` in model, loss and augmentation replaced by what the data tells."""
+    """Return the config with each `auto` in the options of AUTO_GROUPS replaced by what the data tells."""
 
     def fill(path: str, name: str, value: Any) -> Any:
         if isinstance(value, dict):

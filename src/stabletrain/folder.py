@@ -14,9 +14,12 @@ import logging
 import math
 import os
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from stabletrain.errors import ConfigurationError
 
@@ -106,6 +109,28 @@ def _strict(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _strict(value.tolist())
     return str(value)
+
+
+def yaml_text(value: Any) -> str:
+    """Return `value` as YAML; anything that plain YAML can't hold as text.
+
+    Example:
+        >>> print(yaml_text({"folder": Path("runs"), "sizes": (8, 8)}), end="")
+        folder: runs
+        sizes:
+        - 8
+        - 8
+    """
+    text: str = yaml.safe_dump(_yaml_values(value), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _yaml_values(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _yaml_values(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_yaml_values(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
 
 
 class AppendedFile:

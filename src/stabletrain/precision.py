@@ -142,6 +142,10 @@ class Float32Islands(TorchFunctionMode):
     ) -> Any:
         """Widen float16 arguments of the functions in question."""
         kwargs = kwargs or {}
+        if func in _RECURRENT:
+            # The CPU has no float16 kernel for these, and autocast would lower their arguments again.
+            with torch.autocast("cpu", enabled=False):
+                return func(*map_tensors(_widen, args), **map_tensors(_widen, kwargs))
         if func in _IN_FLOAT32:
             args, kwargs = map_tensors(_widen, args), map_tensors(_widen, kwargs)
         return func(*args, **kwargs)
@@ -151,6 +155,7 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _IN_FLOAT32 = {
     *(F.softmax, F.log_softmax, F.softmin, F.layer_norm, F.group_norm, F.rms_norm, F.normalize, F.cosine_similarity),
     *(torch.softmax, torch.log_softmax, torch.logsumexp, torch.sum, torch.mean, torch.prod, torch.cumsum),

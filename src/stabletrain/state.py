@@ -63,6 +63,7 @@ class EpochTotals:
     grad_norm: float = 0.0  # sum over applied steps, before clipping
     applied: int = 0
     rejected: int = 0
+    salvaged: int = 0  # of the applied ones
 
     def add(self, *, loss: float, grad_norm: float) -> None:
         """Count an applied step."""
@@ -84,3 +85,4 @@ class EpochTotals:
         """Take over the sums."""
         self.loss, self.grad_norm = float(state["loss"]), float(state["grad_norm"])
         self.applied, self.rejected = int(state["applied"]), int(state["rejected"])
+        self.salvaged = int(state["salvaged"])

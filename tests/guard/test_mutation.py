@@ -15,9 +15,18 @@ from typing import Any
 
 import pytest
 
-from stabletrain.guard import measure, on_device, snapshot, step_guard
+from stabletrain.guard import ledger, measure, on_device, snapshot, spikes, step_guard
 
-from . import test_measure, test_on_device, test_snapshot, test_transaction, test_traps
+from . import (
+    test_attempt,
+    test_ledger,
+    test_measure,
+    test_on_device,
+    test_snapshot,
+    test_spikes,
+    test_transaction,
+    test_traps,
+)
 from .worlds import Case, Poison
 
 NAN, INF = math.nan, math.inf
@@ -34,15 +43,21 @@ TARGETS: list[tuple[Any, tuple[str, ...]]] = [
     (
         step_guard.StepGuard,
         ("step", "begin", "settle", "load_state_dict", "forget", "remove", "_check_begun", "_judge", "_judge_buffers",
-         "_judge_optimizers", "_commit", "_undo", "_drop_gradients", "_stays_on_device", "_step_on_device"),
+         "_judge_optimizers", "_commit", "_note_applied", "_undo", "_drop_gradients", "_stays_on_device",
+         "_step_on_device", "attempt", "begun", "discard", "_count"),
     ),
     (step_guard._BeforeForward, ("__call__",)),
     (step_guard._AfterLoading, ("__call__",)),
     (step_guard._Hook, ("__deepcopy__", "__reduce__")),
     (on_device, ("honours_found_inf", "_bad_buffers", "_prepare_momentum")),
-    (on_device.DeviceStep, ("__init__", "run", "_unscale", "_update_scale", "_step_unless")),
+    (on_device.DeviceStep, ("__init__", "run", "_spike", "_unscale", "_update_scale", "_step_unless")),
     (measure.BufferJudge, ("bad",)),
     (measure, ("bad_learning_rate", "state_tensors", "have_seen_data")),
+    (ledger.Ledger, ("record", "take_back", "check", "forgive", "state_dict", "load_state_dict")),
+    (spikes.LogSeries, ("__init__", "add", "median_and_deviation", "state_dict", "load_state_dict", "_enter")),
+    (spikes.SpikeWindow, ("__init__", "accept", "limits", "state_dict", "load_state_dict")),
+    (spikes, ("describe", "_limit")),
+    (spikes.Divergence, ("__init__", "reset", "observe", "state_dict", "load_state_dict")),
 ]  # fmt: skip
 
 # Statements that may go without anybody noticing, and why.
@@ -94,7 +109,7 @@ CHECKS: list[Callable[[], object]] = [
 
 def suite() -> Iterator[Callable[[], object]]:
     """Give the quick tests of this folder that need no fixture, once for each of their parameters."""
-    for module in (test_traps, test_snapshot, test_measure, test_on_device):
+    for module in (test_traps, test_snapshot, test_measure, test_on_device, test_spikes, test_attempt, test_ledger):
         for name, test in vars(module).items():
             if not name.startswith("test_") or isinstance(test, ModuleType) or name in SLOW:
                 continue
@@ -114,6 +129,12 @@ SLOW = {
     "test_nothing_is_read_in_the_steady_state",
     "test_a_rejected_step_leaves_no_trace_on_the_device_either",
     "test_optimizers_that_ignore_found_inf_are_never_asked_to_honour_it",
+    "test_a_step_costs_less_than_15_microseconds",
+    # A search for the smallest example takes long.
+    "test_a_planted_spike_of_twice_the_limit_is_always_caught",
+    "test_limits_follow_the_formula",
+    "test_losses_that_have_no_logarithm_are_left_out",
+    "test_what_is_not_finite_and_positive_was_never_there",
 }
 
 

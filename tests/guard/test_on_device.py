@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabletrain.clipping import Norm, Value
-from stabletrain.guard import StepGuard
+from stabletrain.guard import Policy, StepGuard
 
 from .worlds import FUSED, PLACES, VALUES, Case, Poison, World, differences, nonfinite
 
@@ -38,8 +38,11 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("clip", [None, Norm(0.5), Value(0.05)])
 @pytest.mark.parametrize("model", ["batch norm", "embedding with max_norm"])
 def test_nothing_is_read_in_the_steady_state(model: str, clip: Any, precision: str) -> None:
-    """200 steps, with buffers, clipping, loss scaling and a schedule; three of them bad."""
-    world = World(Case(Poison("input", math.nan), model, "fused adamw", precision), clip=clip, keep_on_device=True)
+    """200 steps, with buffers, clipping, loss scaling, a schedule and limits for spikes; four of them bad."""
+    policy = Policy(max_rejected=1000, spikes=True)
+    case = Case(Poison("input", math.nan), model, "fused adamw", precision)
+    world = World(case, clip=clip, keep_on_device=True, policy=policy)
+    bad = {50: case.poison, 51: case.poison, 100: Poison("loss", 1e6), 201: case.poison}
     if world.scaler is not None:
         world.scaler.set_growth_interval(1000)
     reads = Reads()
@@ -49,13 +52,13 @@ def test_nothing_is_read_in_the_steady_state(model: str, clip: Any, precision: s
             assert reads.counts["operations"] > 0
             reads.counts.clear()
         with reads:
-            loss = world._forward(position, 0, world.case.poison if position in (50, 51, 201) else None)
+            loss = world._forward(position, 0, bad.get(position))
             (loss if world.scaler is None else world.scaler.scale(loss)).backward()
             verdicts.append(world.guard.step(loss))
     assert {name for name in reads.counts if name in READS} == set(), reads.counts
     assert reads.counts["operations"] > 200
-    assert [position for position, verdict in enumerate(verdicts) if not verdict.applied] == [50, 51, 201]
-    assert world.guard.stats.rejected == 3 and world.schedule.last_epoch == 199
+    assert [position for position, verdict in enumerate(verdicts) if not verdict.applied] == list(bad)
+    assert world.guard.stats.reasons == {"loss": 3, "spike": 1} and world.schedule.last_epoch == 198
     assert not nonfinite(world.state())
 
 
@@ -189,7 +192,7 @@ def test_verdicts_can_be_read_late_and_in_any_order() -> None:
         verdicts.append(world.guard.step(loss))
     assert [verdict.applied for verdict in reversed(verdicts)] == [True, False, True, True, True]
     assert "loss is inf" in verdicts[3].detail and verdicts[0].detail == ""
-    state = world.guard.state_dict()
+    state = world.guard.state_dict()["ledger"]
     assert (state["steps"], state["applied"], state["reasons"]) == (5, 4, {"loss": 1})
 
 

@@ -6,8 +6,7 @@ bears the name is complete. The manifest is written last; it counts the checkpoi
 newest even after a run went back to an older one.
 """
 
-from stabletrain.checkpoint.files import BadCheckpoint, Checkpoint
-from stabletrain.checkpoint.plain import plain
+from stabletrain.checkpoint.files import Checkpoint
 from stabletrain.checkpoint.store import CheckpointStore, nonfinite_names
 
-__all__ = ["BadCheckpoint", "Checkpoint", "CheckpointStore", "nonfinite_names", "plain"]
+__all__ = ["Checkpoint", "CheckpointStore", "nonfinite_names"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,24 +11,20 @@ from typing import Any, Literal
 
 import torch
 
-from stabletrain import __version__
 from stabletrain.checkpoint.files import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     STATE_NAME,
-    BadCheckpoint,
     Checkpoint,
     checkpoint_folders,
     free_name,
     manifest_or_none,
-    manifest_text,
     read_manifest,
     read_state,
-    write_state,
 )
-from stabletrain.checkpoint.plain import plain
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import fsync_folder, json_text, write_whole
+from stabletrain.plain import plain
+from stabletrain.sealed import MANIFEST_NAME, Damaged, manifest_text, versions, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -165,17 +160,13 @@ class CheckpointStore:
         temporary = self.folder / f".tmp-{name}-{os.getpid()}"
         try:
             temporary.mkdir()
-            files = {STATE_NAME: write_state(temporary / STATE_NAME, state)}
+            files = {STATE_NAME: write_tensors(temporary / STATE_NAME, state)}
             manifest = {
                 "format": FORMAT_VERSION,
                 "serial": max((checkpoint.serial for checkpoint in self._good_manifests()), default=0) + 1,
                 "updates": updates,
                 "metrics": {} if metrics is None else metrics,
-                "versions": {
-                    "stabletrain": __version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+                "versions": versions(),
                 "files": files,
             }
             write_whole(temporary / MANIFEST_NAME, manifest_text(manifest))
@@ -240,12 +231,12 @@ class CheckpointStore:
         for path in self._folders():
             try:
                 candidates.append(read_manifest(path))
-            except (BadCheckpoint, OSError, RuntimeError) as error:
+            except (Damaged, OSError, RuntimeError) as error:
                 self._set_aside(path, error)
         for checkpoint in sorted(candidates, key=lambda checkpoint: -checkpoint.serial):
             try:
                 state = read_state(checkpoint)
-            except (BadCheckpoint, OSError, RuntimeError) as error:
+            except (Damaged, OSError, RuntimeError) as error:
                 self._set_aside(checkpoint.path, error)
                 continue
             self.found, self._saved_updates = checkpoint.path, checkpoint.updates
@@ -280,7 +271,7 @@ class CheckpointStore:
         try:
             checkpoint = read_manifest(path)
             state = read_state(checkpoint)
-        except (BadCheckpoint, OSError, RuntimeError) as error:
+        except (Damaged, OSError, RuntimeError) as error:
             raise ConfigurationError(f"the checkpoint {path} can't be used: {error}; give another one") from error
         self.found, self._saved_updates = checkpoint.path, checkpoint.updates
         return state
@@ -308,7 +299,7 @@ class CheckpointStore:
     def _set_aside(self, path: Path, error: Exception) -> None:
         note = f"{path.name}: {error}"
         # A file that can't be read now may be good tomorrow (rights, a network disk); what is wrong stays wrong.
-        if isinstance(error, BadCheckpoint):
+        if isinstance(error, Damaged):
             aside = path.with_name(free_name(path.parent, path.name, ".corrupt"))
             try:
                 os.rename(path, aside)

@@ -10,6 +10,7 @@ from stabletrain.config.places import SELECTORS, group_names, option_names
 from stabletrain.config.words import did_you_mean
 from stabletrain.errors import ConfigurationError
 
+ADDED = (*SELECTORS, "fault")  # groups that come on top of a run: people write them with a plus, or without
 _FLAGS_WITH_VALUE = {
     *("--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun"),
     *("--cfg", "-c"),
@@ -40,8 +41,8 @@ def split_command(arguments: Sequence[str], commands: Iterable[str]) -> tuple[st
 def arrange(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Bring a command line into the form that Hydra understands in every order.
 
-    `+preset=` and `+experiment=` become the plain form, and overrides go before flags (Hydra's parser refuses
-    overrides on both sides of a flag).
+    `+preset=`, `+experiment=` and `+fault=` become the plain form, and overrides go before flags (Hydra's parser
+    refuses overrides on both sides of a flag).
 
     Args:
         arguments: the command line after the command.
@@ -54,7 +55,7 @@ def arrange(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         (['seed=1', 'preset=normal,safe'], ['-m'])
 
     Raises:
-        ConfigurationError: a preset or an experiment is given twice, or not by its name.
+        ConfigurationError: a preset, an experiment or a fault is given twice, or not by its name.
     """
     overrides: list[str] = []
     flags: list[str] = []
@@ -62,11 +63,11 @@ def arrange(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         before = flags[-1] if position > 0 and len(flags) > 0 and arguments[position - 1] == flags[-1] else ""
         is_value = before in _FLAGS_WITH_VALUE or (before in ("--info", "-i") and "=" not in argument)
         (flags if is_value or argument.startswith("-") else overrides).append(argument)
-    for selector in SELECTORS:
+    for selector in ADDED:
         given = [override for override in overrides if re.match(rf"[+]*{selector}=", override)]
         if len(given) > 1:
             raise ConfigurationError(f"{selector} is given {len(given)} times ({' '.join(given)}); give it once.")
-    plain = [re.sub(rf"^[+]+({'|'.join(SELECTORS)})=", r"\1=", override) for override in overrides]
+    plain = [re.sub(rf"^[+]+({'|'.join(ADDED)})=", r"\1=", override) for override in overrides]
     return plain, flags
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice, tee
 from typing import Any
 
@@ -87,6 +87,15 @@ class _Reader:
         else:
             for indices in batches:
                 yield Microbatch(to_device(map_tensors(_pinned, gather(indices)), self.device), indices)
+
+    def read_once(self, indices: torch.Tensor, *parts: int | str) -> Microbatch:
+        """Read a few samples in this process, as `read` would."""
+        gather = getattr(self.dataset, "gather", None)
+        if gather is not None:
+            return Microbatch(to_device(gather(indices), self.device), indices)
+        samples = _Samples(self.dataset, *parts)
+        data = self.collate([samples[index] for index in indices.tolist()])
+        return Microbatch(to_device(data, self.device), indices)
 
     def _read_samples(self, batches: Iterable[torch.Tensor], *parts: int | str) -> Iterator[Microbatch]:
         wanted, known = tee(batches)  # workers read ahead of what was yielded
@@ -182,17 +191,29 @@ class Loader:
         generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
         return torch.randperm(len(self.dataset), generator=generator)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Microbatch]]:
+    def read(self, indices: Sequence[int], epoch: int) -> Microbatch:
+        """Read these samples as the epoch would, in this process: the same bytes, collated on their own.
+
+        Args:
+            indices: positions in the data set.
+            epoch: number of the epoch, from 0, which decides what a random data set draws.
+        """
+        return self.reader.read_once(torch.tensor(indices, dtype=torch.int64), self.seed, epoch)
+
+    def epoch(self, epoch: int, start: int = 0, excluded: Collection[int] = ()) -> Iterator[list[Microbatch]]:
         """Yield the steps of an epoch, each a list of `accumulate` microbatches.
 
         Args:
             epoch: number of the epoch, from 0.
             start: first step; what lies before it is not read.
+            excluded: samples to leave out. The order of the others stays; an epoch may have fewer steps for it.
         """
-        assert 0 <= start <= self.steps_per_epoch, (start, self.steps_per_epoch)
         size = self.batch_size // self.accumulate
-        end = min(self.steps_per_epoch * self.batch_size, len(self.dataset))
         order = self.order(epoch)
+        if excluded:
+            order = order[~torch.isin(order, torch.tensor(sorted(excluded)))]
+        end = len(order) // self.batch_size * self.batch_size if self.drop_last else len(order)
+        assert 0 <= start <= -(-end // self.batch_size), (start, end)
         firsts = range(start * self.batch_size, end, self.batch_size)
         rows = (part for first in firsts for part in _slices(order, first, min(first + self.batch_size, end), size))
         microbatches = self.reader.read(rows, self.seed, epoch)
@@ -240,6 +261,10 @@ class OrderedLoader:
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
+
+    def read(self, indices: Sequence[int]) -> Microbatch:
+        """Read these samples, collated on their own."""
+        return self.reader.read_once(torch.tensor(indices, dtype=torch.int64), "evaluation")
 
     def __iter__(self) -> Iterator[Microbatch]:
         count = len(self.dataset)

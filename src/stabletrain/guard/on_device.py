@@ -19,6 +19,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from stabletrain.finite import global_norm
 from stabletrain.guard import measure
 from stabletrain.guard.snapshot import Snapshot
+from stabletrain.guard.spikes import describe
 from stabletrain.guard.verdict import Facts, Reason
 
 DETAILS: dict[Reason, str] = {
@@ -27,6 +28,7 @@ DETAILS: dict[Reason, str] = {
     "gradient": "the gradient norm is {norm:.3g}",
     "buffer": "a buffer became NaN or Inf, or a running variance grew beyond reason",
     "optimizer": "a parameter, the optimizer's state or the learning rate is not finite",
+    "spike": "{spike}",
 }
 FAULTS: tuple[Reason, ...] = tuple(DETAILS)  # in the order in which they decide
 
@@ -63,6 +65,7 @@ class DeviceStep:
         scaler: the loss scaler, or None.
         clip: `(gradients, norm) -> None` with the norm as a tensor, or None.
         limits: whether `clip` makes gradients of any finite size small.
+        spikes: largest loss and largest gradient norm that are no spikes, known on the host.
     """
 
     def __init__(
@@ -71,11 +74,13 @@ class DeviceStep:
         scaler: GradScaler | None,
         clip: Callable[..., None] | None,
         limits: bool,
+        spikes: tuple[float, float],
     ) -> None:
         self.optimizers = optimizers
         self.scaler = scaler
         self.clip = clip
         self.limits = limits
+        self.spikes = spikes
 
     @torch.no_grad()
     def run(
@@ -96,6 +101,7 @@ class DeviceStep:
         scale_before = self._unscale()
         gradients = measure.gradients(self.optimizers)
         norm = global_norm(gradients, exact=True).to(loss.device)
+        measured = torch.stack([loss.double(), norm.double()])
         bad_loss = ~torch.isfinite(loss)
         bad_gradient = ~torch.isfinite(norm)
         if not self.limits:
@@ -106,14 +112,28 @@ class DeviceStep:
         bad_state = never | bad_rate
         if check_state:
             bad_state = bad_state | ~measure.state_is_finite(self.optimizers)
-        faults = torch.stack([bad_loss, overflow, bad_gradient, _bad_buffers(snapshot, buffers, never), bad_state])
+        faults = torch.stack(
+            [
+                bad_loss,
+                overflow,
+                bad_gradient,
+                _bad_buffers(snapshot, buffers, never),
+                bad_state,
+                self._spike(measured),
+            ]
+        )
         rejected = faults.any()
         if self.clip is not None:
             self.clip(gradients, norm)
         self._step_unless(rejected)
         self._update_scale(scale_before, rejected & ~overflow, overflow)
         snapshot.restore_where(rejected)
-        return _later(torch.cat([torch.stack([loss.double(), norm.double()]), faults.double()]))
+        return _later(torch.cat([measured, faults.double()]), self.spikes)
+
+    def _spike(self, measured: Tensor) -> Tensor:
+        """Return whether loss or gradient norm is above its limit; the limits travel as arguments, not as tensors."""
+        loss, norm = measured.unbind()
+        return (loss > self.spikes[0]) | (norm > self.spikes[1])
 
     def _unscale(self) -> tuple[Tensor, Tensor] | None:
         """Unscale the gradients; return copies of scale and growth counter as they were before."""
@@ -169,7 +189,7 @@ def _prepare_momentum(optimizer: Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _later(values: Tensor) -> Callable[[], Facts]:
+def _later(values: Tensor, spikes: tuple[float, float]) -> Callable[[], Facts]:
     """Send the outcome to the host, and return a function that waits for it."""
     event = None
     if values.device.type == "cuda":
@@ -188,6 +208,7 @@ def _later(values: Tensor) -> Callable[[], Facts]:
         if reason is None:
             return Facts(None, loss, norm, "")
         norm = math.nan if reason == "loss" else norm
-        return Facts(reason, loss, norm, DETAILS[reason].format(loss=loss, norm=norm))
+        spike = describe(loss, norm, spikes)
+        return Facts(reason, loss, norm, DETAILS[reason].format(loss=loss, norm=norm, spike=spike))
 
     return read

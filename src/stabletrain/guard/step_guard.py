@@ -18,6 +18,7 @@ from stabletrain.guard import measure
 from stabletrain.guard.ledger import Ledger, Policy
 from stabletrain.guard.on_device import DeviceStep, can_skip_on_device
 from stabletrain.guard.snapshot import Snapshot
+from stabletrain.guard.spikes import SpikeWindow, describe
 from stabletrain.guard.verdict import Facts, Reason, Verdict
 
 Clip = Callable[[Sequence[Tensor], Any], None]
@@ -82,6 +83,7 @@ class StepGuard:
         self.scheduler = scheduler
         self.policy = policy or Policy()
         self.ledger = Ledger(self.policy)
+        self.spikes = SpikeWindow(self.policy.spike_window, floor=self.policy.spike_floor)
         self._clip: Clip | None = clip
         if max_norm is not None:
             self._clip = lambda gradients, norm: limit_norm(gradients, norm, max_norm)
@@ -120,11 +122,39 @@ class StepGuard:
             return self._pending
         verdict = Verdict(self._judge(loss))
         if verdict.applied:
-            self._commit(verdict.grad_norm)
+            self._commit(verdict.facts)
         else:
             self._undo(verdict.reason)
-        self.ledger.record(verdict)
+        self._count(verdict)
         return verdict
+
+    def attempt(self, loss: Tensor | Sequence[Tensor], *, commit: bool) -> Facts:
+        """Judge a rejected step that was run again, at once and without counting it.
+
+        Args:
+            loss: as for `step`.
+            commit: whether to commit it if it is healthy; else it is undone either way.
+
+        Returns:
+            What was found. The loss scale stays as it is.
+        """
+        self._check_begun()
+        self._snapshot.note_moved_parameters()
+        facts = self._judge(loss)
+        if facts.reason is None and commit:
+            self._commit(facts)
+        else:
+            self._undo("gradient")
+        return facts
+
+    @property
+    def begun(self) -> bool:
+        """Whether a forward pass was begun since the last decision."""
+        return self._snapshot.taken
+
+    def discard(self) -> None:
+        """Undo what was begun since the last decision, undecided."""
+        self._undo("loss")
 
     def begin(self) -> None:
         """Mark the start of a step: copy what its forward passes may change.
@@ -140,22 +170,21 @@ class StepGuard:
             return
         verdict, self._pending = self._pending, None
         if verdict.applied:
-            self._buffers.seen_data = True
-            if self.scheduler is not None:
-                self.scheduler.step()
+            self._note_applied(verdict.facts)
         elif verdict.reason == "optimizer":
             self._until_state_check = 0  # what is wrong with it stays wrong
-        self.ledger.record(verdict)
+        self._count(verdict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger: counts and budget."""
+        """Return the ledger (counts and budget) and what recent updates were like."""
         self.settle()
-        return self.ledger.state_dict()
+        return {"ledger": self.ledger.state_dict(), "spikes": self.spikes.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the ledger; parameters and optimizer state are checked again at the next step."""
+        """Take over what `state_dict` returned; parameters and optimizer state are checked again at the next step."""
         self._pending = None
-        self.ledger.load_state_dict(state)
+        self.ledger.load_state_dict(state["ledger"])
+        self.spikes.load_state_dict(state["spikes"])
         self._buffers.seen_data = self._buffers.seen_data or self.ledger.applied > 0
         self._until_state_check = 0
         self.forget()
@@ -176,6 +205,12 @@ class StepGuard:
         for handle in self._hooks:
             handle.remove()
 
+    def _count(self, verdict: Verdict) -> None:
+        """Count a decision; where a trainer may still salvage or roll back, it asks for the budget itself."""
+        self.ledger.record(verdict)
+        if self.policy.on_rejection in ("skip", "raise"):
+            self.ledger.check(verdict)
+
     def _check_begun(self) -> None:
         if not self._snapshot.taken:
             raise ConfigurationError(
@@ -184,7 +219,7 @@ class StepGuard:
             )
 
     def _judge(self, loss: Tensor | Sequence[Tensor]) -> Facts:
-        """Look at loss, gradients, buffers, learning rates and state in that order; the first fault decides."""
+        """Look at loss, gradients, buffers, rates and state, recent history, in that order; the first fault decides."""
         value = float(measure.mean_loss(loss))
         if not math.isfinite(value) and self.policy.on_rejection != "none":
             return Facts("loss", value, math.nan, self._describe_loss(loss, value))
@@ -206,6 +241,8 @@ class StepGuard:
             return Facts("buffer", value, norm, found)
         if (found := self._judge_optimizers()) is not None:
             return Facts("optimizer", value, norm, found)
+        if self.policy.spikes and (found := describe(value, norm, self.spikes.limits())) is not None:
+            return Facts("spike", value, norm, found)
         return Facts(None, value, norm, "")
 
     def _judge_buffers(self) -> str | None:
@@ -238,22 +275,28 @@ class StepGuard:
         found = first_nonfinite(self._named_parameters())
         return f"parameter {found}" if found is not None else "the optimizer's state holds NaN or Inf"
 
-    def _commit(self, norm: float) -> None:
+    def _commit(self, facts: Facts) -> None:
         """Clip with the norm that was measured, and let everything move that counts updates."""
         if self._clip is not None:
-            self._clip(measure.gradients(self.optimizers), norm)
+            self._clip(measure.gradients(self.optimizers), facts.grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
         if self.scaler is not None:
             # Without a single gradient there is nothing to learn about the scale, only to forget the unscaling.
             self.scaler.update(None if measure.gradients(self.optimizers) else self.scaler.get_scale())
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self._buffers.seen_data = True
+        self._note_applied(facts)
         self._buffer_sizes = getattr(self, "_candidate_sizes", [])
         self._until_state_check -= 1
         self._snapshot.taken = False
         self._drop_gradients()
+
+    def _note_applied(self, facts: Facts) -> None:
+        """Let everything on the host know of one more update."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._buffers.seen_data = True
+        if self.policy.spikes:
+            self.spikes.accept(loss=facts.loss, grad_norm=facts.grad_norm)
 
     def _undo(self, reason: Reason | None) -> None:
         """Leave no trace of the step; an overflow alone lowers the loss scale, to 1 at the least."""
@@ -283,7 +326,8 @@ class StepGuard:
         if check_state:
             self._until_state_check = self.policy.check_state_every - 1
         rate = measure.bad_learning_rate(self.optimizers)
-        step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits)
+        spikes = self.spikes.limits() if self.policy.spikes else (math.inf, math.inf)
+        step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits, spikes)
         read = step.run(measure.mean_loss(loss), self._snapshot, self._buffers, check_state, rate is not None)
         self._drop_gradients()
         return Verdict(read)

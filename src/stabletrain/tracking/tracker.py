@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml  # type: ignore[import-untyped]
-
 from stabletrain.errors import ConfigurationError
-from stabletrain.folder import json_text, write_whole
+from stabletrain.folder import json_text, write_whole, yaml_text
 from stabletrain.state import Progress
 from stabletrain.tracking.console import Console, ProgressStyle
 from stabletrain.tracking.environment import describe_environment
@@ -26,7 +24,9 @@ logger = logging.getLogger(__name__)
 _STEP_COLUMNS = ("epoch", "step", "steps", "updates", "loss", "grad_norm", "lr", "applied", "reason")
 _EPOCH_COLUMNS = ("epoch", "train_loss", "val_loss")
 _LAST_EPOCH_COLUMNS = ("lr", "grad_norm", "applied", "rejected", "salvaged")
+_COUNTS = ("rejected", "salvaged")  # over the whole run; to TensorBoard only
 _TIMES = ("seconds", "samples_per_second")  # to TensorBoard only: the tables of two equal runs are equal
+_COUNTS = ("rejected", "salvaged")  # over the whole run; to TensorBoard only
 _POSITION = ("epoch", "step", "steps", "updates", "applied")  # not curves
 _SHOWN_INDICES = 20
 
@@ -67,7 +67,7 @@ class Tracker:
         self._steps: Table | None = None
         self._history: Table | None = None
         if tables and self.folder is not None:
-            self._steps = Table(self.folder / "steps.csv", columns=_STEP_COLUMNS, leave_out=_TIMES)
+            self._steps = Table(self.folder / "steps.csv", columns=_STEP_COLUMNS, leave_out=(*_TIMES, *_COUNTS))
             self._history = Table(
                 self.folder / "history.csv",
                 columns=_EPOCH_COLUMNS,
@@ -100,11 +100,10 @@ class Tracker:
         """
         self._last_steps = progress.steps
         self.truncate(progress)
-        settings = _yaml_values(settings)
-        config = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        config = yaml_text(settings)
         facts = describe_environment(device=environment.get("device", "cpu"), seed=environment.get("seed"))
         self._write("config.yaml", config)
-        self._write("overrides.yaml", yaml.safe_dump(list(overrides), sort_keys=False, allow_unicode=True))
+        self._write("overrides.yaml", yaml_text(list(overrides)))
         self._write("environment.json", json_text({**facts, **environment}))
         if self._tensorboard:
             self._try(self._begin_events, progress, settings, config)
@@ -177,6 +176,20 @@ class Tracker:
             f"samples {numbers[:_SHOWN_INDICES]}{more}"
         )
         self._warn(line, "guard/rejected", record["steps"])
+
+    def salvaged(self, record: Mapping[str, Any], samples: Sequence[int], detail: str = "") -> None:
+        """Say that a rejected step was applied without its bad samples; `step` gets the same record besides.
+
+        Args:
+            record: as for `step`.
+            samples: those that were left out, as positions in the data set.
+            detail: why the step was rejected at first.
+        """
+        line = (
+            f"step {record['steps']} (epoch {record['epoch']}, step {record['step']}) salvaged: {detail}; applied "
+            f"without samples {[int(index) for index in samples]}, which are left out from the next epoch on"
+        )
+        self._warn(line, "guard/salvaged", record["steps"])
 
     def warning(self, text: str) -> None:
         """Say loudly that something is wrong with the run; TensorBoard shows it as text.
@@ -285,15 +298,6 @@ def _curves(prefix: str, record: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 def _number(value: Any) -> str:
     return "unknown" if value is None else f"{float(value):.6g}"
-
-
-def _yaml_values(value: Any) -> Any:
-    """Return the same tree with anything that plain YAML can't hold as text."""
-    if isinstance(value, Mapping):
-        return {str(name): _yaml_values(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_yaml_values(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from stabletrain.errors import Interrupted, UnstableTraining
-from stabletrain.finite import scale_all
 from stabletrain.guard import Verdict
-from stabletrain.guard.measure import gradients
 from stabletrain.optimizer import set_learning_rate
-from stabletrain.randomness import key, keyed
 from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals
-from stabletrain.trainer.evaluation import evaluate, look_at_validation, measure_test
+from stabletrain.trainer.evaluation import measure_test, validate
+from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
 from stabletrain.trainer.record import located, record, summarise
 from stabletrain.trainer.resume import resume, save
 from stabletrain.trainer.run import Run, Status, Step, Summary
+from stabletrain.trainer.step import forward_backward
 
 
 def train(run: Run) -> Summary:
@@ -43,6 +40,7 @@ def train(run: Run) -> Summary:
         if run.folder is not None:
             stack.enter_context(run.folder)
         stack.callback(run.tracker.close)
+        stack.callback(run.fault.close)
         stack.enter_context(run.precision.active())
         signals = stack.enter_context(Signals())
         resume(run)
@@ -54,7 +52,11 @@ def train(run: Run) -> Summary:
             run.tracker.warning(note)
         samples_before = run.progress.samples
         try:
+            if run.guard.policy.scan and run.progress.steps == 0:
+                scan(run)
             while run.progress.epoch < run.epochs:
+                if run.progress.step == 0:
+                    run.quarantine.begin_epoch()
                 train_epoch(run, signals)
                 _end_epoch(run, start, samples_before)
             measure_test(run)
@@ -72,59 +74,40 @@ def train_epoch(run: Run, signals: Signals) -> None:
     run.model.train()
     epoch, first = run.progress.epoch, run.progress.step
     waiting: Step | None = None  # its verdict may still be on the device
-    for index, microbatches in enumerate(run.loader.epoch(epoch, first), start=first):  # draw
-        step = Step(epoch=epoch, index=index, rate=0.0, microbatches=microbatches)
-        run.guard.begin()
-        losses = forward_backward(run, step)
-        if waiting is not None:
-            finish_step(run, waiting)
-        step.rate = set_learning_rate(run.optimizer, run.schedule(run.progress.updates))
+    steps = run.loader.epoch(epoch, first, run.quarantine.frozen)
+    for index, microbatches in enumerate(steps, start=first):  # draw
+        number = run.progress.steps + (waiting is not None)
+        step = Step(epoch=epoch, index=index, number=number, microbatches=run.fault.before_step(number, microbatches))
+        losses = _begin(run, step)
+        if waiting is not None and finish_step(run, waiting):
+            losses = _begin(run, step)  # the state it began from was mended
+        step.rate = set_learning_rate(run.optimizer, _rate_factor(run))
         step.verdict = decide(run, losses, step)  # unscale, measure, judge, clip, commit or undo
         waiting = step
         if not step.verdict.pending or signals.received or _may_be_due(run):
             finish_step(run, step)
             waiting = None
-            if signals.received:
-                _interrupt(run, signals)
-            if run.checkpoint is not None and run.checkpoint.due(
-                updates=run.progress.updates, epoch_ended=False, epoch=epoch
-            ):
-                save(run)
+            _save_if_due(run, signals)
     if waiting is not None:
         finish_step(run, waiting)
 
 
-def forward_backward(run: Run, step: Step) -> list[Tensor]:
-    """Run the step's microbatches forward and backward, and return their mean losses.
+def _begin(run: Run, step: Step) -> list[Tensor]:
+    run.guard.begin()
+    return forward_backward(run, step)
 
-    The gradient becomes that of sum(loss_sum) / sum(weight) over the microbatches: each is divided by the weight
-    that the first one lets expect, and once the true sum is known the gradients are corrected if it differs.
 
-    Args:
-        run: its model's gradients are added to.
-        step: where it stands decides what is drawn at random.
+def _rate_factor(run: Run) -> float:
+    lowered = run.rollback.factor(run.progress.updates) if run.rollback is not None else 1.0
+    return run.schedule(run.progress.updates) * lowered
 
-    Returns:
-        One loss for each microbatch, shape [], without history.
-    """
-    losses: list[Tensor] = []
-    expected: float | Tensor = 0.0
-    total: float | Tensor = 0.0
-    for number, microbatch in enumerate(step.microbatches):
-        with keyed(key(run.seed, "step", step.epoch, step.index, number), run.device):
-            data = run.augmentation(microbatch.data)
-            with run.precision.autocast():
-                output = run.task.step(run.model, data)
-            weight = _at_least_something(output.weight)
-            if number == 0:
-                expected = weight * len(step.microbatches)
-            run.precision.scale(output.loss_sum / expected).backward()  # type: ignore[no-untyped-call]
-        losses.append((output.loss_sum / weight).detach())
-        total = total + output.weight
-    known_equal = not isinstance(total, Tensor) and not isinstance(expected, Tensor) and total == expected
-    if len(step.microbatches) > 1 and not known_equal:
-        scale_all(gradients([run.optimizer]), expected / _at_least_something(total))
-    return losses
+
+def _save_if_due(run: Run, signals: Signals) -> None:
+    if signals.received:
+        _interrupt(run, signals)
+    store = run.checkpoint
+    if store is not None and store.due(updates=run.progress.updates, epoch_ended=False, epoch=run.progress.epoch):
+        save(run)
 
 
 def decide(run: Run, losses: list[Tensor], step: Step) -> Verdict:
@@ -132,33 +115,53 @@ def decide(run: Run, losses: list[Tensor], step: Step) -> Verdict:
     try:
         return run.guard.step(losses)
     except UnstableTraining as error:
+        step.verdict = error.verdict
+        keep_incident(run, step)
         raise located(run, error, step) from None
 
 
-def finish_step(run: Run, step: Step) -> None:
-    """Write down a step whose verdict is known by now: counts, average of the weights, log."""
+def finish_step(run: Run, step: Step) -> bool:
+    """Deal with a step whose verdict is known by now: mend it if it was rejected, count it, write it down.
+
+    Returns:
+        Whether the state is another one than that from which a following step may have begun.
+    """
     assert step.verdict is not None
     try:
         run.guard.settle()
     except UnstableTraining as error:
+        step.verdict = error.verdict
+        keep_incident(run, step)
         raise located(run, error, step) from None
-    verdict, progress = step.verdict, run.progress
-    progress.step = step.index + 1
-    progress.steps += 1
+    progress = run.progress
+    progress.step, progress.steps = step.index + 1, progress.steps + 1
+    mended = not step.verdict.applied and mend(run, step)
+    verdict = step.verdict
     if verdict.applied:
         progress.updates += 1
-        progress.samples += sum(len(microbatch.indices) for microbatch in step.microbatches)
+        run.last_good = [microbatch.indices for microbatch in step.microbatches]
+        progress.samples += sum(map(len, run.last_good))
         run.totals.add(loss=verdict.loss, grad_norm=verdict.grad_norm)
+        run.totals.salvaged += step.rejected_for is not None
         if run.ema is not None:
             run.ema.update(run.model)
+        run.fault.after_update(step.number, run.model, run.optimizer)
     record(run, step)
+    if verdict.applied and run.rollback is not None:
+        diverged = run.rollback.observe(run, verdict.loss)
+        if diverged is not None:
+            begun = run.guard.begun
+            if begun:
+                run.guard.discard()
+            roll_back(run, UnstableTraining(f"{diverged}.", verdict), step)
+            return True
+    return mended
 
 
 def _end_epoch(run: Run, start: float, samples_before: int) -> None:
     """Validate, write the epoch down, and save."""
     epoch = run.progress.epoch
-    metrics = evaluate(run, run.validation) if run.validation is not None else {}
-    look_at_validation(run, metrics)
+    metrics = validate(run)
     loss, grad_norm = run.totals.means()
     run.tracker.epoch(
         {
@@ -169,7 +172,7 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
             "grad_norm": grad_norm,
             "applied": run.totals.applied,
             "rejected": run.totals.rejected,
-            "salvaged": 0,
+            "salvaged": run.totals.salvaged,
         }
     )
     run.progress.epoch, run.progress.step, run.totals = epoch + 1, 0, EpochTotals()
@@ -207,10 +210,3 @@ def _status_of(error: BaseException) -> Status:
     if isinstance(error, UnstableTraining):
         return "stopped_unstable"
     return "interrupted" if isinstance(error, Interrupted) else "failed"
-
-
-def _at_least_something(weight: float | Tensor) -> Any:
-    """Return the weight, or 1 where it is 0: an empty sum has loss 0 and gradient 0."""
-    if isinstance(weight, Tensor):
-        return torch.where(weight > 0, weight, 1.0)
-    return weight if weight > 0 else 1.0

@@ -27,30 +27,29 @@ def record(run: Run, step: Step) -> None:
         "grad_norm": verdict.grad_norm,
         "lr": step.rate,
         "applied": verdict.applied,
-        "reason": verdict.reason,
+        "reason": verdict.reason if step.rejected_for is None else f"{step.rejected_for.reason} (salvaged)",
     }
+    row |= {"rejected": run.guard.ledger.rejected, "salvaged": run.guard.ledger.salvaged}
     if run.precision.scaler is not None:
         # Asking for it waits for the device, so only where it is written down.
         shown = not verdict.applied or run.tracker.wants(run.progress.steps)
         row["scale"] = run.precision.scaler.get_scale() if shown else None
     if not verdict.applied:
         run.totals.rejected += 1
-        run.tracker.rejected(row, _indices(step), verdict.detail)
+        run.tracker.rejected(row, step.indices(), verdict.detail)
+    elif step.rejected_for is not None:
+        run.tracker.salvaged(row, step.bad_samples, step.rejected_for.detail)
     run.tracker.step(row)
 
 
 def located(run: Run, error: UnstableTraining, step: Step) -> UnstableTraining:
     """Write the last, rejected step down, and say where it was."""
     step.verdict = error.verdict
-    run.progress.step, run.progress.steps = step.index + 1, run.progress.steps + 1
+    run.progress.step, run.progress.steps = step.index + 1, step.number + 1
     record(run, step)
-    indices = _indices(step)
+    indices = step.indices()
     shown = ", ".join(map(str, indices[:20])) + (f" and {len(indices) - 20} more" if len(indices) > 20 else "")
     return UnstableTraining(f"epoch {step.epoch}, step {step.index}: {error} Samples: {shown}.", error.verdict)
-
-
-def _indices(step: Step) -> list[int]:
-    return [index for microbatch in step.microbatches for index in microbatch.indices.tolist()]
 
 
 def summarise(run: Run, status: Status, start: float, samples_before: int, message: str = "") -> Summary:
@@ -77,6 +76,10 @@ def summarise(run: Run, status: Status, start: float, samples_before: int, messa
         experiment=run.settings.get("experiment"),
         seed=run.seed,
         message=message,
+        salvaged=ledger.salvaged,
+        rolled_back=run.rollback.count if run.rollback is not None else 0,
+        incidents=run.incidents.recorded if run.incidents is not None else 0,
+        quarantined=sorted(run.quarantine.found),
     )
 
 

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 def save(run: Run, metrics: dict[str, float] | None = None) -> None:
     """Save everything that the rest of the run depends on."""
     assert run.checkpoint is not None
+    if run.rollback is not None:
+        run.rollback.keep(run, now=True)  # a run that continues from here has this state to return to
     run.checkpoint.save(_state(run), updates=run.progress.updates, metrics=metrics)
 
 
@@ -28,6 +30,10 @@ def _state(run: Run) -> dict[str, Any]:
         "guard": run.guard.state_dict(),
         "progress": run.progress.state_dict(),
         "totals": run.totals.state_dict(),
+        "quarantine": run.quarantine.state_dict(),
+        "rollback": run.rollback.state_dict() if run.rollback is not None else {},
+        "incidents": run.incidents.state_dict() if run.incidents is not None else {},
+        "fault": run.fault.state_dict(),
         "metrics": run.metrics,
         "identity": run.identity,
     }
@@ -54,6 +60,13 @@ def resume(run: Run) -> None:
     run.guard.load_state_dict(state["guard"])
     run.progress.load_state_dict(state["progress"])
     run.totals.load_state_dict(state["totals"])
+    run.quarantine.load_state_dict(state["quarantine"])
+    if run.rollback is not None and state["rollback"]:
+        run.rollback.load_state_dict(state["rollback"])
+        run.rollback.keep(run)
+    if run.incidents is not None and state["incidents"]:
+        run.incidents.load_state_dict(state["incidents"])
+    run.fault.load_state_dict(state["fault"])
     run.metrics.update(state["metrics"])
     run.tracker.truncate(run.progress)
     log.info("continuing at epoch %d, step %d", run.progress.epoch, run.progress.step)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from stabletrain.checkpoint import CheckpointStore
-from stabletrain.data import Loader, Microbatch
+from stabletrain.data import Loader, Microbatch, OrderedLoader
 from stabletrain.ema import ExponentialMovingAverage
+from stabletrain.fault import Fault, NoFault
 from stabletrain.folder import RunFolder
 from stabletrain.guard import StepGuard, Verdict
+from stabletrain.incident import IncidentStore
 from stabletrain.precision import Precision
+from stabletrain.quarantine import Quarantine
 from stabletrain.state import EpochTotals, Progress
 from stabletrain.task import Task
 from stabletrain.tracking import Tracker
+
+if TYPE_CHECKING:
+    from stabletrain.trainer.rollback import Rollback
 
 Status = Literal["running", "completed", "stopped_unstable", "interrupted", "failed"]
 
@@ -31,8 +37,8 @@ class Run:
     task: Task
     optimizer: Optimizer
     loader: Loader
-    validation: Iterable[Microbatch] | None
-    test: Iterable[Microbatch] | None
+    validation: OrderedLoader | None
+    test: OrderedLoader | None
     schedule: Callable[[int], float]
     precision: Precision
     augmentation: Callable[[Any], Any]
@@ -43,6 +49,11 @@ class Run:
     epochs: int
     seed: int
     device: torch.device
+    fault: Fault = field(default_factory=NoFault)
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    incidents: IncidentStore | None = None
+    rollback: Rollback | None = None  # where the policy has one
+    last_good: list[torch.Tensor] = field(default_factory=list)  # samples of the last applied step
     folder: RunFolder | None = None  # locked until the run has ended
     resume: str = "auto"  # auto, never, must, or a checkpoint's path
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change between a run and its resumption
@@ -79,10 +90,17 @@ class Summary:
 
 @dataclass(kw_only=True)
 class Step:
-    """A step that was decided but not yet written down."""
+    """A step on its way: what it sees, and what was decided about it."""
 
     epoch: int
     index: int  # within the epoch
-    rate: float  # learning rate
+    number: int = 0  # over the whole run, from 0
+    rate: float = 0.0  # learning rate
     microbatches: list[Microbatch]
     verdict: Verdict | None = None
+    rejected_for: Verdict | None = None  # of a salvaged step: the verdict before its bad samples were left out
+    bad_samples: list[int] = field(default_factory=list)  # left out of it
+
+    def indices(self) -> list[int]:
+        """Return the samples that it sees."""
+        return [index for microbatch in self.microbatches for index in microbatch.indices.tolist()]

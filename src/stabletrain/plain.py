@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: tensors, numbers, text and plain containers, which load without running any code."""
+"""What a file of ours may hold: tensors, numbers, text and plain containers, which load without running any code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMPY_KINDS = "biufc"  # booleans, whole numbers, floating point, complex
 
 
 def plain(value: Any, name: str) -> Any:
-    """Return `value` with everything that a checkpoint can't hold turned into what it can.
+    """Return `value` with everything that a file of ours can't hold turned into what it can.
 
     Tensors are taken without their gradient and in the CPU's memory (shared where they are there already), numpy
     numbers become Python's, numpy arrays become tensors, frozen sets become sets.
@@ -48,7 +48,7 @@ def plain(value: Any, name: str) -> Any:
     if kind is np.ndarray and value.dtype.kind in _NUMPY_KINDS and value.dtype != np.longdouble:
         return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
     raise TypeError(
-        f"{name} is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds tensors, numbers, text and "
+        f"{name} is a {kind.__module__}.{kind.__qualname__}; what is saved must be tensors, numbers, text and "
         "dictionaries, lists, tuples and sets of them: return one of these from state_dict"
     )
 
