@@ -206,6 +206,9 @@ def test_bad_validation_samples_are_named(tmp_path: Path, caplog: pytest.LogCapt
         )
     [said] = [record.getMessage() for record in caplog.records if "validation is not finite" in record.getMessage()]
     assert said.endswith("not finite on their own: 17, 280")
+    [incident] = (tmp_path / "incidents").iterdir()
+    verdict = json.loads((incident / "verdict.json").read_text())
+    assert (verdict["kind"], [sample["index"] for sample in verdict["samples"]]) == ("validation", [17, 280])
 
 
 def test_a_resumed_run_keeps_level_and_count(tmp_path: Path) -> None:

@@ -417,3 +417,15 @@ def test_a_damaged_best_checkpoint_does_not_fail_a_finished_run(
     assert summary.status == "completed"
     assert summary.metrics["test"] == summary.metrics["final"]
     assert "the best checkpoint can't be read" in caplog.text
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("guard", [Policy(on_rejection="raise"), Policy(max_rejected=0)])
+def test_the_last_step_before_a_stop_is_kept_as_an_incident(tmp_path: Path, guard: Policy, on_device: bool) -> None:
+    run = make(tmp_path, poisoned=[7], guard=guard)
+    run.guard._keep_on_device = on_device
+    with pytest.raises(UnstableTraining):
+        train(run)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["incidents"]) == ("stopped_unstable", 1)
+    assert len(list((tmp_path / "incidents").iterdir())) == 1

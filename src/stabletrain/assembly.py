@@ -131,7 +131,7 @@ def assemble(
     if run_folder is not None and resume == "never":
         run_folder.set_aside()
     store = checkpoint(run_folder.path) if run_folder is not None else None
-    incidents = IncidentStore(run_folder.path, max_incidents=guard.max_incidents) if run_folder is not None else None
+    incidents = _incidents(run_folder, guard)
     if store is not None:
         store.exempt(nonfinite_names(model.state_dict()))
     return Run(
@@ -214,6 +214,12 @@ def find_device(name: str) -> torch.device:
             "cuda or cuda:<number> where there is a GPU."
         ) from error
     return device
+
+
+def _incidents(folder: RunFolder | None, guard: Policy) -> IncidentStore | None:
+    if folder is None:
+        return None
+    return IncidentStore(folder.path, max_incidents=guard.max_incidents, max_bytes=guard.max_incident_bytes)
 
 
 def _ordered(dataset: Any, batch_size: int, workers: int, device: torch.device) -> OrderedLoader | None:

@@ -118,6 +118,9 @@ def test_a_salvaged_step_counts_as_applied_and_costs_nothing() -> None:
     ledger.record(verdict("loss"))
     ledger.take_back(verdict("loss"))
     assert (ledger.steps, ledger.applied, ledger.salvaged, ledger.rejected) == (1, 1, 1, 0)
+    copied = Ledger(ledger.policy)
+    copied.load_state_dict(ledger.state_dict())
+    assert copied.salvaged == 1
     ledger.check(verdict("loss"))
     ledger.record(verdict("spike"))
     with pytest.raises(UnstableTraining):

@@ -68,6 +68,7 @@ HARMLESS = {
     "Snapshot.__init__: self._versions: list[int] = []": DECLARED,
     "Snapshot.__init__: self._extra_copies: list[Any] = []": DECLARED,
     "Snapshot.__init__: self._random_states: list[Tensor] = []": DECLARED,
+    "StepGuard.attempt: self._snapshot.note_moved_parameters()": "the rejected step that is run again has noted them",
     "stabletrain.guard.measure.bad_learning_rate: return None": "the last line, where Python returns None by itself",
     "stabletrain.guard.on_device._bad_buffers: if not found: return never": "the CPU needs no tensor on a device",
     "stabletrain.guard.on_device._bad_buffers: return never": "the CPU needs no tensor on a device",

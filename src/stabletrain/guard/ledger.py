@@ -31,6 +31,7 @@ class Policy:
         scan: whether the trainer looks at all training data for NaN and Inf before the first step.
         quarantine: file with samples found bad by another run, to be left out from the start; None: none.
         max_incidents: rejected or salvaged steps kept on disk; 0: none.
+        max_incident_bytes: size of all of them together; a state that doesn't fit is left out of its incident.
         on_bad_validation: what follows from a validation that isn't finite: `warn`, `rollback` or `stop`.
         diverged_factor: a loss this many times above its best for `diverged_updates` leads to a rollback.
         diverged_updates: updates over which that is seen.
@@ -60,6 +61,7 @@ class Policy:
     scan: bool = False
     quarantine: str | None = None
     max_incidents: int = 20
+    max_incident_bytes: int = 2 << 30
     on_bad_validation: Literal["warn", "rollback", "stop"] = "warn"
     diverged_factor: float = 3.0
     diverged_updates: int = 50

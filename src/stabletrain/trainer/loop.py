@@ -13,12 +13,13 @@ from stabletrain.guard import Verdict
 from stabletrain.optimizer import set_learning_rate
 from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals
-from stabletrain.trainer.evaluation import measure_test, validate
+from stabletrain.trainer.evaluation import measure_test
 from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
 from stabletrain.trainer.record import located, record, summarise
 from stabletrain.trainer.resume import resume, save
 from stabletrain.trainer.run import Run, Status, Step, Summary
 from stabletrain.trainer.step import forward_backward
+from stabletrain.trainer.validation import validate
 
 
 def train(run: Run) -> Summary:

@@ -66,6 +66,8 @@ def roll_back(run: Run, why: UnstableTraining, step: Step) -> None:
 def keep_incident(run: Run, step: Step) -> Path | None:
     """Write a rejected step to disk, so that it can be replayed; overflows are no incidents."""
     verdict = step.verdict
+    if run.guard.begun:
+        run.guard.discard()
     if run.incidents is None or verdict is None or verdict.reason in (None, "overflow"):
         return None
     return run.incidents.record(incident_of(run, step))

@@ -1,0 +1,73 @@
+"""Validation, looked at as critically as a training step."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from stabletrain.errors import UnstableTraining
+from stabletrain.finite import first_nonfinite
+from stabletrain.precision import Precision
+from stabletrain.quarantine import what_is_odd
+from stabletrain.trainer.evaluation import evaluate
+from stabletrain.trainer.replay import incident_of_validation
+from stabletrain.trainer.run import Run
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Measure the validation data; when that isn't finite although training is, say so and follow the policy.
+
+    Raises:
+        UnstableTraining: under `on_bad_validation=stop`, or when a rollback isn't possible.
+    """
+    if run.validation is None:
+        return {}
+    metrics = run.fault.validation(run.progress.steps, evaluate(run, run.validation))
+    bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if not bad:
+        return metrics
+    where = f"epoch {run.progress.epoch}: validation is not finite ({', '.join(bad)})"
+    run.tracker.warning(f"{where}; {_state_of(run.model)}; {_look_closer(run, metrics)}")
+    reaction = run.guard.policy.on_bad_validation
+    if reaction == "rollback" and run.rollback is not None:
+        run.rollback.go_back(run, UnstableTraining(f"{where}."))
+    elif reaction != "warn":
+        raise UnstableTraining(f"{where}. guard.on_bad_validation={reaction} stops the run.")
+    return metrics
+
+
+def _state_of(model: nn.Module) -> str:
+    """Describe parameters and buffers, where a fault that training doesn't show may hide."""
+    found = first_nonfinite([*model.named_parameters(), *model.named_buffers()])
+    state = f"not finite: {found}" if found is not None else "all parameters and buffers are finite"
+    variances = [(float(buffer.max()), name) for name, buffer in model.named_buffers() if name.endswith("running_var")]
+    return state + ("; the largest running variance is {:.3g} in {}".format(*max(variances)) if variances else "")
+
+
+def _look_closer(run: Run, metrics: dict[str, float]) -> str:
+    """Measure again in float32, name the samples that are not finite by themselves, and keep what was found."""
+    assert run.validation is not None
+    reduced, run.precision = run.precision, Precision("float32", device=run.device)
+    try:
+        again = evaluate(run, run.validation)
+        if _is_finite(again):
+            return "in float32 it is finite"
+        suspects = [batch for batch in run.validation if not _is_finite(evaluate(run, [batch]))]
+        samples = [
+            index
+            for batch in suspects
+            for index in batch.indices.tolist()
+            if not _is_finite(evaluate(run, [run.validation.read([index])]))
+        ]
+    finally:
+        run.precision = reduced
+    if run.incidents is not None:
+        odd = [{"index": i, "odd": what_is_odd(run.validation.read([i]).data)} for i in samples]
+        run.incidents.record(incident_of_validation(run, metrics, suspects, odd))
+    shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
+    return f"in float32 too; validation samples that are not finite on their own: {shown or 'none'}"
+
+
+def _is_finite(metrics: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in metrics.values())
