@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from stabletrain.guard import ledger, measure, on_device, snapshot, spikes, step_guard
+from stabletrain.guard import hooks, ledger, measure, on_device, snapshot, spikes, step_guard
 
 from . import (
     test_attempt,
@@ -46,9 +46,9 @@ TARGETS: list[tuple[Any, tuple[str, ...]]] = [
          "_judge_optimizers", "_commit", "_note_applied", "_undo", "_drop_gradients", "_stays_on_device",
          "_step_on_device", "attempt", "begun", "discard", "_count"),
     ),
-    (step_guard._BeforeForward, ("__call__",)),
-    (step_guard._AfterLoading, ("__call__",)),
-    (step_guard._Hook, ("__deepcopy__", "__reduce__")),
+    (hooks.BeforeForward, ("__call__",)),
+    (hooks.AfterLoading, ("__call__",)),
+    (hooks.Hook, ("__deepcopy__", "__reduce__")),
     (on_device, ("honours_found_inf", "_bad_buffers", "_prepare_momentum")),
     (on_device.DeviceStep, ("__init__", "run", "_spike", "_unscale", "_update_scale", "_step_unless")),
     (measure.BufferJudge, ("bad",)),

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stabletrain.errors import ConfigurationError, UnstableTraining
-from stabletrain.guard import Policy, StepGuard, Verdict
-from stabletrain.guard.spikes import Divergence, LogSeries, SpikeWindow, describe
+from stabletrain.guard import Policy, StepGuard, Verdict, spikes
+from stabletrain.guard.spikes import Divergence, LogSeries, SpikeWindow
 
 from .worlds import Case, Poison, World, differences
 
@@ -203,9 +203,9 @@ def test_a_window_that_cannot_work_is_refused(settings: dict[str, Any], said: st
 
 
 def test_both_excesses_are_described() -> None:
-    assert describe(1.0, 2.0, (1.0, 2.0)) is None
-    assert describe(3.0, 2.0, (1.5, 2.0)) == "the loss is 3, above 1.5, the limit from recent updates"
-    both = describe(3.0, 5.0, (1.5, 2.5))
+    assert spikes.describe(1.0, 2.0, (1.0, 2.0)) is None
+    assert spikes.describe(3.0, 2.0, (1.5, 2.0)) == "the loss is 3, above 1.5, the limit from recent updates"
+    both = spikes.describe(3.0, 5.0, (1.5, 2.5))
     assert both is not None and both.startswith("the gradient norm is 5, above 2.5") and "and the loss is 3" in both
 
 
@@ -448,6 +448,14 @@ def test_losses_that_have_no_logarithm_are_left_out(losses: list[float]) -> None
         else:
             assert said == spared.observe(loss)
     assert told.state_dict() == spared.state_dict()
+
+
+@pytest.mark.parametrize("loss", JUNK)
+def test_such_a_loss_leaves_the_detector_as_it_is(loss: float) -> None:
+    detector = Divergence(updates=5)
+    detector.observe(2.0)
+    before = detector.state_dict()
+    assert detector.observe(loss) is None and detector.state_dict() == before
 
 
 def test_the_detector_goes_on_from_its_state_and_can_be_reset() -> None:

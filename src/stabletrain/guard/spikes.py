@@ -11,10 +11,10 @@ from stabletrain.errors import ConfigurationError
 
 LEAST = 10  # values before there is a limit: fewer say too little about their spread
 DEVIATIONS = 6.0  # median absolute deviations, on the log scale; about 4 standard deviations of a normal distribution
-LARGEST_FACTOR = 1000.0  # the most that a wide spread alone may add to the median
+LARGEST_FACTOR = 1000.0  # times the median is the highest limit that a wide spread alone can set
 HALF_LIFE = 500.0  # applied steps after which half of a peak is forgotten
-FLOOR = 10.0  # gradient norms: less than this above the peak is no spike; healthy runs came to 9 times theirs
-LOSS_FLOOR = 5.0  # the same for losses; healthy runs came to 3 times their peak
+FLOOR = 10.0  # for gradient norms: one in 30,000 healthy steps goes further beyond its peak (docs/guard.md)
+LOSS_FLOOR = 5.0  # for losses: healthy ones stay below 3 times their peak
 LARGEST_LOGARITHM = 709.0  # its exponential is still a float
 
 
@@ -59,13 +59,8 @@ class LogSeries:
         ordered, count = self._sorted, len(self._sorted)
         half = count // 2
         median = ordered[half] if count % 2 else (ordered[half - 1] + ordered[half]) / 2
-        low, high = 0, count - half - 1
-        while low < high:
-            middle = (low + high) // 2
-            if median - ordered[middle] > ordered[middle + half + 1] - median:
-                low = middle + 1
-            else:
-                high = middle
+        starts = range(count - half - 1)
+        low = bisect_left(starts, True, key=lambda i: median - ordered[i] <= ordered[i + half + 1] - median)
         below, above = median - ordered[low], ordered[low + half] - median
         if count % 2:
             return median, max(below, above)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -15,6 +13,7 @@ from torch.optim import Optimizer
 from stabletrain.errors import ConfigurationError, UnstableTraining
 from stabletrain.finite import first_nonfinite, global_norm, limit_norm
 from stabletrain.guard import measure
+from stabletrain.guard.hooks import watch
 from stabletrain.guard.ledger import Ledger, Policy
 from stabletrain.guard.on_device import DeviceStep, can_skip_on_device
 from stabletrain.guard.snapshot import Snapshot
@@ -51,6 +50,7 @@ class StepGuard:
         ConfigurationError: for arguments that contradict each other.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(3, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> guard = StepGuard(model, optimizer, max_norm=1.0)
@@ -95,7 +95,7 @@ class StepGuard:
         self._until_state_check = 0
         self._keep_on_device = keep_on_device
         self._pending: Verdict | None = None
-        self._hooks = [handle for module in self.models for handle in _hook(module, self)]
+        self._hooks = [handle for module in self.models for handle in watch(module, self)]
 
     def step(self, loss: Tensor | Sequence[Tensor]) -> Verdict:
         """Decide about the gradients at hand, then commit or undo them; leaves every gradient None.
@@ -359,44 +359,3 @@ class StepGuard:
         if found is not None:
             return f"gradient of {found}"
         return f"the gradient norm is {norm:.3g}, whose square overflows float32; clipping would allow it"
-
-
-class _Hook:
-    """What the model calls; copies of the model (for an average of weights, say) must not call the guard."""
-
-    def __init__(self, guard: StepGuard | None) -> None:
-        self._guard = weakref.ref(guard) if guard is not None else None
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return type(self)(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (None,)
-
-    @property
-    def guard(self) -> StepGuard | None:
-        return self._guard() if self._guard is not None else None
-
-
-class _BeforeForward(_Hook):
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        guard = self.guard
-        # A forward in evaluation without gradients belongs to no step.
-        if guard is not None and not guard._snapshot.taken and (module.training or torch.is_grad_enabled()):
-            guard.begin()
-
-
-class _AfterLoading(_Hook):
-    def __call__(self, *_: Any) -> None:
-        guard = self.guard
-        if guard is not None:
-            guard.forget()
-            guard._buffers.seen_data = measure.have_seen_data(guard.models)
-
-
-def _hook(module: nn.Module, guard: StepGuard) -> list[Any]:
-    after = _AfterLoading(guard)
-    return [
-        module.register_forward_pre_hook(_BeforeForward(guard), prepend=True),
-        *(part.register_load_state_dict_post_hook(after) for part in module.modules()),  # type: ignore[no-untyped-call]
-    ]
