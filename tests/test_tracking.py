@@ -602,30 +602,6 @@ def test_counts_are_kept(tmp_path: Path) -> None:
     assert again.errors == 1
 
 
-# Cost
-
-
-@pytest.mark.parametrize("style", ["lines", "bar", "none"])
-def test_steps_that_are_not_logged_cost_next_to_nothing(
-    tmp_path: Path, style: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Below 3 microseconds; those that are, with table and curves, below 300 on a busy machine."""
-    tracker = quiet(tmp_path, log_every=10, progress=style)
-    records = [step_record(steps) for steps in range(30, 3030)]
-    seen: dict[bool, list[float]] = {True: [], False: []}
-    for logged, best in seen.items():
-        chosen = [record for record in records if tracker.wants(record["steps"]) == logged]
-        for _ in range(7):
-            start = time.perf_counter()
-            for record in chosen:
-                tracker.step(record)
-            best.append((time.perf_counter() - start) / len(chosen))
-    tracker.close()
-    assert min(seen[False]) < 3e-6
-    assert min(seen[True]) < 300e-6
-    capsys.readouterr()
-
-
 def test_tensorboard_is_loaded_only_when_it_is_used() -> None:
     """And then its messages alone: its writers take longer to import than everything else here."""
     code = """

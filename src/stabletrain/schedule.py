@@ -104,13 +104,7 @@ def warmup_cosine(
     _check_factor("schedule.final", final)
     warmup = _warmup(total_updates, updates_per_epoch, warmup_epochs, warmup_updates, warmup_from)
 
-    def factor(update: int) -> float:
-        if update < warmup.updates:
-            return warmup(update)
-        progress = min(1.0, (update - warmup.updates) / (total_updates - warmup.updates))
-        return final + (1.0 - final) * (1.0 + math.cos(math.pi * progress)) / 2.0
-
-    return factor
+    return _then_down(warmup, total_updates, final, lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0)
 
 
 def warmup_linear(
@@ -132,11 +126,17 @@ def warmup_linear(
     _check_factor("schedule.final", final)
     warmup = _warmup(total_updates, updates_per_epoch, warmup_epochs, warmup_updates, warmup_from)
 
+    return _then_down(warmup, total_updates, final, lambda progress: 1.0 - progress)
+
+
+def _then_down(warmup: Warmup, total_updates: int, final: float, shape: Callable[[float], float]) -> Schedule:
+    """Warm up, then follow `shape`, which falls from 1 to 0 as the share of the way done rises from 0 to 1."""
+
     def factor(update: int) -> float:
         if update < warmup.updates:
             return warmup(update)
         progress = min(1.0, (update - warmup.updates) / (total_updates - warmup.updates))
-        return final + (1.0 - final) * (1.0 - progress)
+        return final + (1.0 - final) * shape(progress)
 
     return factor
 

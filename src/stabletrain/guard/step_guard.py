@@ -92,6 +92,7 @@ class StepGuard:
         self._buffers = measure.BufferJudge(self.policy.max_variance_growth)
         self._buffers.seen_data = measure.have_seen_data(self.models)
         self._buffer_sizes: list[float] = []  # after the last applied step
+        self._candidate_sizes: list[float] = []  # after the step in judgement
         self._until_state_check = 0
         self._keep_on_device = keep_on_device
         self._pending: Verdict | None = None
@@ -285,7 +286,7 @@ class StepGuard:
             # Without a single gradient there is nothing to learn about the scale, only to forget the unscaling.
             self.scaler.update(None if measure.gradients(self.optimizers) else self.scaler.get_scale())
         self._note_applied(facts)
-        self._buffer_sizes = getattr(self, "_candidate_sizes", [])
+        self._buffer_sizes = self._candidate_sizes
         self._until_state_check -= 1
         self._snapshot.taken = False
         self._drop_gradients()

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 _STEP_COLUMNS = ("epoch", "step", "steps", "updates", "loss", "grad_norm", "lr", "applied", "reason")
 _EPOCH_COLUMNS = ("epoch", "train_loss", "val_loss")
 _LAST_EPOCH_COLUMNS = ("lr", "grad_norm", "applied", "rejected", "salvaged")
-_COUNTS = ("rejected", "salvaged")  # over the whole run; to TensorBoard only
 _TIMES = ("seconds", "samples_per_second")  # to TensorBoard only: the tables of two equal runs are equal
 _COUNTS = ("rejected", "salvaged")  # over the whole run; to TensorBoard only
 _POSITION = ("epoch", "step", "steps", "updates", "applied")  # not curves

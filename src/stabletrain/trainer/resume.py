@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabletrain.errors import ConfigurationError
+from stabletrain.trainer.rollback import learned_state
 from stabletrain.trainer.run import Run
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,7 @@ def save(run: Run, metrics: dict[str, float] | None = None) -> None:
 
 def _state(run: Run) -> dict[str, Any]:
     return {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "ema": run.ema.state_dict() if run.ema is not None else {},
-        "precision": run.precision.state_dict(),
+        **learned_state(run),
         "guard": run.guard.state_dict(),
         "progress": run.progress.state_dict(),
         "totals": run.totals.state_dict(),

@@ -87,7 +87,7 @@ class Rollback:
         """
         due = self._kept is None or run.progress.updates >= self._kept_updates + self.policy.snapshot_every
         if (due or now) and run.progress.updates != self._kept_updates and bool(state_is_finite([run.optimizer])):
-            self._kept, self._kept_updates = _copied(_state(run)), run.progress.updates
+            self._kept, self._kept_updates = _copied(learned_state(run)), run.progress.updates
 
     def go_back(self, run: Run, why: UnstableTraining) -> None:
         """Restore the copy, count it, and lower the rate; the data goes on where it stands.
@@ -132,7 +132,8 @@ class Rollback:
         self._kept, self._kept_updates = None, -1
 
 
-def _state(run: Run) -> dict[str, Any]:
+def learned_state(run: Run) -> dict[str, Any]:
+    """Return what updates change: model, optimizer, average of the weights, loss scaler."""
     return {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
