@@ -209,6 +209,7 @@ def test_the_quarantine_of_one_run_serves_another(tmp_path: Path) -> None:
     policy = Policy(on_rejection="raise", quarantine=str(tmp_path / "first" / "quarantine.json"))
     summary = train(make(tmp_path / "second", bad, guard=policy))
     assert (summary.status, summary.rejected, summary.quarantined) == ("completed", 0, [7, 40])
+    assert summary.updates == 2 * (94 // 16)  # the other 94 samples are trained on
 
 
 def test_salvage_is_said_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
