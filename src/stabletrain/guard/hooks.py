@@ -61,3 +61,15 @@ def watch(module: nn.Module, guard: StepGuard) -> list[Any]:
         module.register_forward_pre_hook(BeforeForward(guard), prepend=True),
         *(part.register_load_state_dict_post_hook(after) for part in module.modules()),  # type: ignore[no-untyped-call]
     ]
+
+
+def end_step_of_others(guard: StepGuard) -> None:
+    """End the step of every other guard of these models, because a decision about what they did was made.
+
+    Two networks that train in turn run each other: what one ran within the other's step was decided there.
+    """
+    for module in guard.models:
+        for hook in module._forward_pre_hooks.values():
+            other = hook.guard if isinstance(hook, BeforeForward) else None
+            if other is not None and other is not guard:
+                other._snapshot.taken = False
