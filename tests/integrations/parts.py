@@ -37,7 +37,9 @@ def network(norm: bool = True) -> Network:
     return Network(norm)
 
 
-def batches(count: int, bad: Iterable[int] = (), without: Iterable[int] = ()) -> list[dict[str, Tensor]]:
+def batches(
+    count: int, bad: Iterable[int] = (), without: Iterable[int] = (), *, large: Iterable[int] = ()
+) -> list[dict[str, Tensor]]:
     """Return batches whose content depends on their number alone; `bad` ones hold a NaN, those in `without` lack."""
     made = []
     for number in range(count):
@@ -46,6 +48,8 @@ def batches(count: int, bad: Iterable[int] = (), without: Iterable[int] = ()) ->
         labels = torch.randint(CLASSES, (SAMPLES,), generator=generator)
         if number in bad:
             inputs[1, 2] = math.nan
+        if number in large:
+            inputs *= 1e4  # batch normalisation hides it from loss and gradients
         if number not in without:
             made.append({"inputs": inputs, "labels": labels})
     return made
@@ -66,3 +70,15 @@ def state(model: nn.Module, optimizer: Any, scheduler: Any = None, scaler: Any =
         flatten("scaler", scaler.state_dict(), found)
     found["randomness"] = torch.get_rng_state()
     return found
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """The identity, whose gradient is Inf: an overflow at a finite loss."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * math.inf

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
 from guard.worlds import differences, nonfinite
-from stabletrain.guard import StepGuard
+from stabletrain.errors import ConfigurationError, UnstableTraining
+from stabletrain.guard import Policy, StepGuard
 from stabletrain.integrations.accelerate import guarded
 
-from .parts import batches, network, schedule, state
+from .parts import InfiniteGradient, batches, network, schedule, state
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,14 @@ def _no_accelerator_before() -> Iterator[None]:
 
 
 def train(
-    data: Any, *, norm: bool, accumulate: int = 1, precision: str = "no", observe: bool = True, **settings: Any
+    data: Any,
+    *,
+    norm: bool,
+    accumulate: int = 1,
+    precision: str = "no",
+    observe: bool = True,
+    overflow: bool = False,
+    **settings: Any,
 ) -> tuple[StepGuard, dict[str, Any]]:
     """Train as Accelerate's users write it."""
     torch.manual_seed(11)
@@ -48,13 +58,14 @@ def train(
     for batch in loader:
         with accelerator.accumulate(model):
             loss = model(**batch)["loss"]
+            if overflow and guard.stats.steps == 2:
+                loss = InfiniteGradient.apply(loss)
             if observe:
                 guard.observe(loss)
             accelerator.backward(loss)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    guard.stats  # noqa: B018
     return guard, state(accelerator.unwrap_model(model), optimizer, scheduler, accelerator.scaler)
 
 
@@ -85,3 +96,47 @@ def test_without_the_loss_it_judges_by_gradients() -> None:
         if len(ends) == 1:
             assert guard.stats.reasons == {"gradient": 1}
     assert not differences(*ends)
+
+
+def test_a_batch_that_only_ruins_running_statistics_never_happened(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        guard, end = train(batches(5, large=[2]), norm=True)
+    assert guard.stats.reasons == {"buffer": 1} and "step 2 was rejected for its buffer" in caplog.text
+    assert not differences(end, train(batches(5, without=[2]), norm=True)[1])
+
+
+def test_an_overflow_is_undone_and_the_scale_halved() -> None:
+    guard, end = train(batches(5), norm=True, precision="fp16", overflow=True)
+    assert guard.stats.reasons == {"overflow": 1}
+    assert end["scaler.scale"] == 128.0 and end["scheduler.last_epoch"] == 4
+    assert int(end["model.layers.1.num_batches_tracked"]) == 4
+
+
+def test_too_many_rejections_stop_the_loop() -> None:
+    with pytest.raises(UnstableTraining, match="2 of the last 3 steps were rejected"):
+        train(batches(5, bad=[1, 2]), norm=True, policy=Policy(max_rejected=1))
+
+
+def test_counts_are_saved_with_the_accelerators_state(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = network()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    guard = guarded(accelerator, model, optimizer)
+    for batch in batches(3, bad=[1]):
+        accelerator.backward(model(**batch)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = guard.state_dict()
+    accelerator.save_state(str(tmp_path))
+    for batch in batches(2):
+        accelerator.backward(model(**batch)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.load_state(str(tmp_path))
+    assert guard.state_dict() == saved and guard.stats.steps == 3
+
+
+def test_an_optimizer_that_was_not_prepared_is_refused() -> None:
+    model = network()
+    with pytest.raises(ConfigurationError, match=r"the optimizer is a SGD; give the one that accelerator\.prepare"):
+        guarded(Accelerator(cpu=True), model, torch.optim.SGD(model.parameters()))
