@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 Reason = Literal["loss", "gradient", "buffer", "optimizer", "spike", "overflow"]
+FAULTS: tuple[Reason, ...] = ("loss", "overflow", "gradient", "buffer", "optimizer", "spike")  # the first one decides
 
 
 class Facts(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from stabletrain.collectives import all_ranks
 from stabletrain.errors import ConfigurationError
 from stabletrain.guard import Policy, StepGuard
 from stabletrain.integrations.accelerate import telling, unwrapped
@@ -61,7 +62,9 @@ class GuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         guard = StepGuard(
             model,
             unwrapped(optimizer),
-            **{"max_norm": self.max_norm, "policy": self.policy, "scaler": optimizer.scaler, **self.settings},
+            max_norm=self.max_norm,
+            policy=self.policy,
+            **{"scaler": optimizer.scaler, "ranks": all_ranks(), **self.settings},
         )
         if self.saved is not None:
             guard.load_state_dict(self.saved)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stabletrain.collectives import all_ranks
 from stabletrain.guard import StepGuard, Verdict
 from stabletrain.guard.attached import HANDLES_SCALING
 
@@ -59,9 +60,8 @@ class GuardCallback(Callback):  # type: ignore[misc]
             elif not verdict.applied:
                 self._hold_schedulers(trainer)
 
-        self.guards = [
-            StepGuard(pl_module, optimizer, **{"scaler": scaler, **self.settings}) for optimizer in trainer.optimizers
-        ]
+        settings = {"scaler": scaler, "ranks": all_ranks(), **self.settings}
+        self.guards = [StepGuard(pl_module, optimizer, **settings) for optimizer in trainer.optimizers]
         for guard, state in zip(self.guards, self._saved, strict=False):
             guard.load_state_dict(state)
         for guard in self.guards:
