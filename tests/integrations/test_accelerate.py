@@ -3,70 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch.utils.data import DataLoader
 
 from guard.worlds import differences, nonfinite
+from integrations.loops import forget_accelerator, train_accelerate
+from integrations.parts import batches, network
 from stabletrain.errors import ConfigurationError, UnstableTraining
-from stabletrain.guard import Policy, StepGuard
+from stabletrain.guard import Policy
 from stabletrain.integrations.accelerate import guarded
-
-from .parts import InfiniteGradient, batches, network, schedule, state
-
-
-@pytest.fixture(autouse=True)
-def _no_accelerator_before() -> Iterator[None]:
-    """Accelerate keeps one state for the whole process."""
-    for kept in (AcceleratorState, GradientState, PartialState):
-        kept._reset_state()
-    return
-
-
-def train(
-    data: Any,
-    *,
-    norm: bool,
-    accumulate: int = 1,
-    precision: str = "no",
-    observe: bool = True,
-    overflow: bool = False,
-    **settings: Any,
-) -> tuple[StepGuard, dict[str, Any]]:
-    """Train as Accelerate's users write it."""
-    torch.manual_seed(11)
-    for kept in (AcceleratorState, GradientState, PartialState):
-        kept._reset_state()
-    scaled = precision == "fp16"
-    accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=accumulate, mixed_precision="no" if scaled else precision
-    )
-    if scaled:  # Accelerate has fp16 on GPUs only; with its scaler alone the rest of the path is the same
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
-    model = network(norm)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    model, optimizer, loader, scheduler = accelerator.prepare(
-        model, optimizer, DataLoader(data, batch_size=None), schedule(optimizer)
-    )
-    guard = guarded(accelerator, model, optimizer, max_norm=0.5, **settings)
-    for batch in loader:
-        with accelerator.accumulate(model):
-            loss = model(**batch)["loss"]
-            if overflow and guard.stats.steps == 2:
-                loss = InfiniteGradient.apply(loss)
-            if observe:
-                guard.observe(loss)
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-    return guard, state(accelerator.unwrap_model(model), optimizer, scheduler, accelerator.scaler)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -79,7 +27,7 @@ def test_a_step_with_a_bad_batch_never_happened(norm: bool, accumulate: int, pre
         batches(5 * accumulate, bad=[window[-1]]),
         batches(5 * accumulate, without=window),
     ):
-        guard, end = train(data, norm=norm, accumulate=accumulate, precision=precision)
+        guard, end = train_accelerate(data, norm=norm, accumulate=accumulate, precision=precision)
         assert guard.stats.applied == 4
         if not ends:
             assert guard.stats.reasons == {"loss": 1}
@@ -91,7 +39,7 @@ def test_a_step_with_a_bad_batch_never_happened(norm: bool, accumulate: int, pre
 def test_without_the_loss_it_judges_by_gradients() -> None:
     ends = []
     for data in (batches(5, bad=[2]), batches(5, without=[2])):
-        guard, end = train(data, norm=True, observe=False)
+        guard, end = train_accelerate(data, norm=True, observe=False)
         ends.append(end)
         if len(ends) == 1:
             assert guard.stats.reasons == {"gradient": 1}
@@ -100,13 +48,13 @@ def test_without_the_loss_it_judges_by_gradients() -> None:
 
 def test_a_batch_that_only_ruins_running_statistics_never_happened(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        guard, end = train(batches(5, large=[2]), norm=True)
+        guard, end = train_accelerate(batches(5, large=[2]), norm=True)
     assert guard.stats.reasons == {"buffer": 1} and "step 2 was rejected for its buffer" in caplog.text
-    assert not differences(end, train(batches(5, without=[2]), norm=True)[1])
+    assert not differences(end, train_accelerate(batches(5, without=[2]), norm=True)[1])
 
 
 def test_an_overflow_is_undone_and_the_scale_halved() -> None:
-    guard, end = train(batches(5), norm=True, precision="fp16", overflow=True)
+    guard, end = train_accelerate(batches(5), norm=True, precision="fp16", overflow=True)
     assert guard.stats.reasons == {"overflow": 1}
     assert end["scaler.scale"] == 128.0 and end["scheduler.last_epoch"] == 4
     assert int(end["model.layers.1.num_batches_tracked"]) == 4
@@ -114,10 +62,11 @@ def test_an_overflow_is_undone_and_the_scale_halved() -> None:
 
 def test_too_many_rejections_stop_the_loop() -> None:
     with pytest.raises(UnstableTraining, match="2 of the last 3 steps were rejected"):
-        train(batches(5, bad=[1, 2]), norm=True, policy=Policy(max_rejected=1))
+        train_accelerate(batches(5, bad=[1, 2]), norm=True, policy=Policy(max_rejected=1))
 
 
 def test_counts_are_saved_with_the_accelerators_state(tmp_path: Path) -> None:
+    forget_accelerator()
     accelerator = Accelerator(cpu=True)
     model = network()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))

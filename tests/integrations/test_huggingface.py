@@ -7,62 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
 
 from guard.worlds import differences, nonfinite
+from integrations.loops import train_huggingface
+from integrations.parts import batches
 from stabletrain.errors import ConfigurationError, UnstableTraining
 from stabletrain.guard import Policy
 from stabletrain.integrations.huggingface import GuardCallback
-
-from .parts import SAMPLES, batches, network, schedule, state
-
-
-class Samples(Dataset[Any]):
-    """The samples of all batches, in order."""
-
-    def __init__(self, data: list[dict[str, torch.Tensor]]) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data) * SAMPLES
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: values[index % SAMPLES] for name, values in self.data[index // SAMPLES].items()}
-
-
-def train(
-    folder: Path, data: Any, callback: GuardCallback | None, *, norm: bool = True, resume: bool = False, **settings: Any
-) -> tuple[Trainer, dict[str, Any]]:
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "per_device_train_batch_size": SAMPLES,
-            "num_train_epochs": 1,
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "save_strategy": "no",
-            "train_sampling_strategy": "sequential",
-            "remove_unused_columns": False,
-            **settings,
-        }
-    )
-    model = network(norm)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    torch.manual_seed(11)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Samples(data),
-        callbacks=[callback] if callback is not None else [],
-        optimizers=(optimizer, schedule(optimizer)),
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, state(model, optimizer, trainer.lr_scheduler)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -74,7 +25,7 @@ def test_a_step_with_a_bad_batch_never_happened(norm: bool, accumulate: int, pre
     for data in (batches(5 * accumulate, bad=[window[-1]]), batches(5 * accumulate, without=window)):
         callback = GuardCallback(max_norm=0.5)
         settings: dict[str, Any] = {"gradient_accumulation_steps": accumulate, "bf16": precision == "bf16"}
-        trainer, end = train(tmp_path, data, callback, norm=norm, **settings)
+        trainer, end = train_huggingface(tmp_path, data, callback, norm=norm, **settings)
         assert callback.guard is not None and callback.guard.stats.applied == 4
         if not ends:
             assert callback.guard.stats.reasons == {"loss": 1}
@@ -86,7 +37,7 @@ def test_a_step_with_a_bad_batch_never_happened(norm: bool, accumulate: int, pre
 
 
 def test_without_the_guard_the_same_run_ends_in_nan(tmp_path: Path) -> None:
-    _, end = train(tmp_path, batches(5, bad=[2]), None)
+    _, end = train_huggingface(tmp_path, batches(5, bad=[2]), None)
     assert "model.layers.0.weight" in nonfinite(end)
 
 
@@ -95,27 +46,29 @@ def test_a_batch_that_only_ruins_running_statistics_never_happened(
 ) -> None:
     callback = GuardCallback()
     with caplog.at_level(logging.WARNING):
-        trainer, end = train(tmp_path, batches(5, large=[2]), callback)
+        trainer, end = train_huggingface(tmp_path, batches(5, large=[2]), callback)
     assert "step 2 was rejected for its buffer" in caplog.text
     assert trainer.state.global_step == 5 and trainer.state.log_history[-1]["guard_rejected_buffer"] == 1
-    assert not differences(end, train(tmp_path, batches(5, without=[2]), None)[1])
+    assert not differences(end, train_huggingface(tmp_path, batches(5, without=[2]), None)[1])
 
 
 def test_clipping_by_the_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"max_grad_norm is 1\.0, but .* set max_grad_norm=0"):
-        train(tmp_path, batches(2), GuardCallback(), max_grad_norm=1.0)
+        train_huggingface(tmp_path, batches(2), GuardCallback(), max_grad_norm=1.0)
 
 
 def test_too_many_rejections_stop_the_training(tmp_path: Path) -> None:
     with pytest.raises(UnstableTraining, match="2 of the last 3 steps were rejected"):
-        train(tmp_path, batches(5, bad=[1, 2]), GuardCallback(policy=Policy(max_rejected=1)))
+        train_huggingface(tmp_path, batches(5, bad=[1, 2]), GuardCallback(policy=Policy(max_rejected=1)))
 
 
 def test_counts_go_on_after_a_resumption(tmp_path: Path) -> None:
     callback = GuardCallback(max_norm=0.5, policy={"max_rejected": 3})
     saving = {"save_strategy": "steps", "save_steps": 3, "restore_callback_states_from_checkpoint": True}
-    whole, end = train(tmp_path, batches(5, bad=[1]), callback, **saving)
-    trainer, resumed = train(tmp_path, batches(5, bad=[1]), GuardCallback(max_norm=0.5), resume=True, **saving)
+    whole, end = train_huggingface(tmp_path, batches(5, bad=[1]), callback, **saving)
+    trainer, resumed = train_huggingface(
+        tmp_path, batches(5, bad=[1]), GuardCallback(max_norm=0.5), resume=True, **saving
+    )
     [callback] = [one for one in trainer.callback_handler.callbacks if isinstance(one, GuardCallback)]
     assert callback.guard is not None and callback.policy.max_rejected == 3
     assert (callback.guard.stats.applied, callback.guard.stats.rejected) == (4, 1)

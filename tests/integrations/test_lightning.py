@@ -3,74 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.precision import MixedPrecision
-from torch.utils.data import DataLoader
+from lightning.pytorch import LightningModule
 
 from guard.worlds import differences, nonfinite
+from integrations.loops import Module, fp16, train_lightning
+from integrations.parts import CLASSES, FEATURES, SAMPLES, InfiniteGradient, batches
 from stabletrain.errors import UnstableTraining
 from stabletrain.guard import Policy
 from stabletrain.integrations.lightning import GuardCallback
-
-from .parts import CLASSES, FEATURES, SAMPLES, InfiniteGradient, batches, network, schedule, state
-
-
-class Module(LightningModule):
-    """As a user writes it; `training_step` doesn't go through the module's own `__call__`."""
-
-    def __init__(self, norm: bool = True, fused: bool = False) -> None:
-        super().__init__()
-        self.network = network(norm)
-        self.fused = fused
-
-    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-        loss = self.network(**batch)["loss"]
-        self.log("train_loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, fused=self.fused)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
-
-
-def fit(
-    data: Sequence[Any],
-    module: LightningModule,
-    callback: GuardCallback | None,
-    ckpt_path: Path | None = None,
-    **settings: Any,
-) -> tuple[Trainer, dict[str, Any]]:
-    torch.manual_seed(11)
-    trainer = Trainer(
-        **{
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [callback] if callback is not None else [],
-            **settings,
-        }
-    )
-    trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path=ckpt_path)
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return trainer, state(module, trainer.optimizers[0], schedulers[0] if schedulers else None, scaler)
-
-
-def fp16() -> MixedPrecision:
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
-    return MixedPrecision("16-mixed", device="cpu", scaler=scaler)
-
 
 PRECISIONS: dict[str, Any] = {
     "fp32": lambda: {},
@@ -89,7 +34,9 @@ def test_a_step_with_a_bad_batch_never_happened(norm: bool, accumulate: int, pre
     for data in (batches(5 * accumulate, bad=[window[-1]]), batches(5 * accumulate, without=window)):
         guard = GuardCallback(max_norm=0.5)
         module = Module(norm, fused)
-        trainer, end = fit(data, module, guard, accumulate_grad_batches=accumulate, **PRECISIONS[precision]())
+        trainer, end = train_lightning(
+            data, module, guard, accumulate_grad_batches=accumulate, **PRECISIONS[precision]()
+        )
         assert guard.guard.stats.applied == 4
         ends.append(end)
         if len(ends) == 1:
@@ -100,22 +47,22 @@ def test_a_step_with_a_bad_batch_never_happened(norm: bool, accumulate: int, pre
 
 
 def test_without_the_guard_the_same_run_ends_in_nan() -> None:
-    _, end = fit(batches(5, bad=[2]), Module(), None)
+    _, end = train_lightning(batches(5, bad=[2]), Module(), None)
     assert any(name.startswith("model.network.layers.0") for name in nonfinite(end))
 
 
 def test_a_batch_that_only_ruins_running_statistics_never_happened(caplog: pytest.LogCaptureFixture) -> None:
     guard = GuardCallback()
     with caplog.at_level(logging.WARNING):
-        _, end = fit(batches(5, large=[2]), Module(), guard)
+        _, end = train_lightning(batches(5, large=[2]), Module(), guard)
     assert guard.guard.stats.reasons == {"buffer": 1}
     assert "step 2 was rejected for its buffer: the size of buffer network.layers.1.running_var went" in caplog.text
-    assert not differences(end, fit(batches(5, without=[2]), Module(), None)[1])
+    assert not differences(end, train_lightning(batches(5, without=[2]), Module(), None)[1])
 
 
 def test_lightning_may_clip_after_the_guard_has_looked() -> None:
     ends = [
-        fit(data, Module(), callback, gradient_clip_val=clip)[1]
+        train_lightning(data, Module(), callback, gradient_clip_val=clip)[1]
         for data, callback, clip in (
             (batches(5, bad=[2]), GuardCallback(), 0.5),
             (batches(5, without=[2]), None, 0.5),
@@ -135,7 +82,7 @@ class Overflowing(Module):
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_overflow_is_undone_and_the_scale_halved(fused: bool) -> None:
     guard = GuardCallback(max_norm=0.5)
-    trainer, end = fit(batches(5), Overflowing(fused=fused), guard, plugins=[fp16()])
+    trainer, end = train_lightning(batches(5), Overflowing(fused=fused), guard, plugins=[fp16()])
     assert guard.guard.stats.reasons == {"overflow": 1}
     assert end["scaler.scale"] == 128.0 and end["scheduler.last_epoch"] == 4
     assert int(end["model.network.layers.1.num_batches_tracked"]) == 4
@@ -145,17 +92,16 @@ def test_an_overflow_is_undone_and_the_scale_halved(fused: bool) -> None:
 def test_too_many_rejections_stop_the_fit() -> None:
     guard = GuardCallback(policy=Policy(max_rejected=1))
     with pytest.raises(UnstableTraining, match="2 of the last 3 steps were rejected"):
-        fit(batches(5, bad=[1, 2]), Module(), guard)
+        train_lightning(batches(5, bad=[1, 2]), Module(), guard)
     assert guard.guard.attachment is None and guard.guard.stats.applied == 1
 
 
 def test_counts_go_on_after_a_resumption(tmp_path: Path) -> None:
     first, second = GuardCallback(), GuardCallback()
-    keep = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     data = batches(5, bad=[2])
-    fit(data, Module(), first, callbacks=[first, keep], enable_checkpointing=True)
-    again = {"callbacks": [second, keep], "enable_checkpointing": True, "max_epochs": 2}
-    fit(data, Module(), second, ckpt_path=tmp_path / "last.ckpt", **again)
+    trainer, _ = train_lightning(data, Module(), first)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    train_lightning(data, Module(), second, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
     assert (first.guard.stats.applied, first.guard.stats.rejected) == (4, 1)
     assert (second.guard.stats.applied, second.guard.stats.rejected) == (8, 2)
 
@@ -193,14 +139,14 @@ def test_in_manual_optimization_each_optimizer_has_its_own_steps() -> None:
     data = batches(5)
     data[2]["poison"] = torch.full((SAMPLES, FEATURES), float("nan"))
     module, guard = Adversaries(), GuardCallback()
-    fit(data, module, guard)
+    train_lightning(data, module, guard)
     assert [one.stats.reasons for one in guard.guards] == [{}, {"gradient": 1}]
     assert [one.stats.applied for one in guard.guards] == [5, 4]
     assert not nonfinite(dict(module.state_dict()))
     assert int(module.critic[1].num_batches_tracked) == 5 * 2 + 4  # of the rejected step nothing is left
     data = batches(5, bad=[2])
     module, guard = Adversaries(), GuardCallback()
-    fit(data, module, guard)
+    train_lightning(data, module, guard)
     assert [one.stats.reasons for one in guard.guards] == [{"gradient": 1}, {}]
     assert not nonfinite(dict(module.state_dict()))
     assert int(module.critic[1].num_batches_tracked) == 4 * 2 + 5
