@@ -85,6 +85,25 @@ def test_counts_are_saved_with_the_accelerators_state(tmp_path: Path) -> None:
     assert guard.state_dict() == saved and guard.stats.steps == 3
 
 
+def test_the_scale_is_right_when_it_is_saved(tmp_path: Path) -> None:
+    forget_accelerator()
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    model = network()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    guard = guarded(accelerator, model, optimizer)
+    for batch in batches(2, bad=[1]):
+        loss = model(**batch)["loss"]
+        guard.observe(loss)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert guard.stats.reasons == {"loss": 1} and accelerator.scaler.get_scale() == 128.0
+    accelerator.save_state(str(tmp_path))
+    saved = torch.load(tmp_path / "scaler.pt")
+    assert saved["scale"] == 256.0 and saved["_growth_tracker"] == 1
+
+
 def test_an_optimizer_that_was_not_prepared_is_refused() -> None:
     model = network()
     with pytest.raises(ConfigurationError, match=r"the optimizer is a SGD; give the one that accelerator\.prepare"):

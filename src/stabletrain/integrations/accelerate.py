@@ -44,7 +44,9 @@ def guarded(accelerator: Any, model: nn.Module, optimizer: Any, **settings: Any)
     """
     plain = unwrapped(optimizer)
     guard = StepGuard(model, plain, **{"scaler": accelerator.scaler, **settings})
-    guard.attach(after_step=telling(optimizer))
+    attachment = guard.attach(after_step=telling(optimizer)).attachment
+    assert attachment is not None
+    accelerator.register_save_state_pre_hook(lambda *_: attachment.settle_scale())
     accelerator.register_for_checkpointing(guard)
     return guard
 

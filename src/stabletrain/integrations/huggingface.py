@@ -78,6 +78,11 @@ class GuardCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.guard.remove()
             self._handle.remove()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the loss scale right for a checkpoint, which may follow."""
+        if self.guard is not None and self.guard.attachment is not None:
+            self.guard.attachment.settle_scale()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Add the guard's counts to what the trainer logs."""
         if self.guard is None or logs is None:
