@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from stabletrain.guard import measure
 
@@ -35,6 +36,9 @@ class Hook:
 class BeforeForward(Hook):
     """Marks the start of a step at the first forward after a decision."""
 
+    # Not traced, so that a compiled forward stays in one piece. Unlike torch.compiler.disable this doesn't load the
+    # compiler, which takes seconds, before the first call; by then an optimizer has loaded it.
+    @_disable_dynamo
     def __call__(self, module: nn.Module, *_: Any) -> None:
         """Begin a step if none is begun."""
         guard = self.guard
