@@ -139,6 +139,7 @@ SLOW = {
     "test_a_step_costs_less_than_15_microseconds",
     # A search for the smallest example takes long.
     "test_the_scale_follows_the_rule",
+    "test_a_persistent_nan_ends_by_the_budget",
     "test_a_planted_spike_of_twice_the_limit_is_always_caught",
     "test_limits_follow_the_formula",
     "test_losses_that_have_no_logarithm_are_left_out",
