@@ -34,6 +34,7 @@ LAYERS = (
         "parallel",
         "precision",
         "quarantine",
+        "ramp",
         "schedule",
         "task",
         "tracking",

@@ -31,7 +31,7 @@ RUN_TIME: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # group: (position
     "checkpoint": (("folder",), ()),
     "tracking": (("folder",), ()),
 }
-ROOT_ARGUMENTS = ("epochs", "batch_size", "accumulate", "seed", "device", "workers", "resume")
+ROOT_ARGUMENTS = ("epochs", "batch_size", "accumulate", "seed", "device", "workers", "resume", "validate_from")
 AUTO_GROUPS = ("model", "loss", "augmentation", "fault")  # groups in which the value `auto` is taken from the data
 
 
@@ -57,7 +57,9 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
     seed = config["seed"]
     with keyed_all(key(seed, "data")):
         splits = _splits(_part("data", config), seed)
-    config_here = _with_facts(config, splits)
+    schedule = {**config["schedule"]}
+    ramp = schedule.pop("ramp", None) or ()  # the trainer's, whatever the schedule
+    config_here = _with_facts({**config, "schedule": schedule}, splits)
     parts = {
         group: _part(group, config_here) for group in ("loss", "augmentation", "guard", "clipping", "fault", *RUN_TIME)
     }
@@ -74,6 +76,7 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
         splits,
         task=make_task(loss),
         **parts,
+        ramp=ramp,
         **{name: config[name] for name in ROOT_ARGUMENTS},
         folder=Path(folder),
         settings=config,
