@@ -5,6 +5,7 @@ Without Hydra, so that a notebook builds the same run as the command line does.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from stabletrain.data import Loader, OrderedLoader, Splits
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.errors import ConfigurationError
 from stabletrain.fault import Fault, NoFault, Surroundings
-from stabletrain.folder import RunFolder
+from stabletrain.folder import RunFolder, yaml_text
 from stabletrain.guard import Policy, StepGuard
 from stabletrain.incident import IncidentStore
 from stabletrain.loss import CrossEntropy
@@ -143,10 +144,12 @@ def assemble(
     run_folder = RunFolder(folder) if folder is not None else None
     if run_folder is not None and resume == "never":
         run_folder.set_aside()
+    fingerprint = splits.fingerprint()
     store = checkpoint(run_folder.path) if run_folder is not None else None
     incidents = _incidents(run_folder, guard)
     if store is not None:
         store.exempt(nonfinite_names(model.state_dict()))
+        store.facts = {"config": _sha256(settings or {}), "data": fingerprint}
     return Run(
         model=model,
         task=task or Classification(CrossEntropy()),
@@ -178,7 +181,7 @@ def assemble(
             "batch_size": batch_size,
             "accumulate": accumulate,
             "ramp": chosen_ramp.description(),
-            "data": splits.fingerprint(),
+            "data": fingerprint,
         },
         notes=notes,
         settings=settings or {},
@@ -236,6 +239,10 @@ def find_device(name: str) -> torch.device:
             "cuda or cuda:<number> where there is a GPU."
         ) from error
     return device
+
+
+def _sha256(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(yaml_text(settings).encode()).hexdigest()
 
 
 def _incidents(folder: RunFolder | None, guard: Policy) -> IncidentStore | None:

@@ -13,6 +13,7 @@ from stabletrain.finite import first_nonfinite
 from stabletrain.precision import Precision
 from stabletrain.quarantine import what_is_odd
 from stabletrain.trainer.evaluation import evaluate
+from stabletrain.trainer.interruption import Polled
 from stabletrain.trainer.replay import incident_of_validation
 from stabletrain.trainer.run import Run
 
@@ -31,7 +32,7 @@ def validate(run: Run) -> Mapping[str, float | None]:
     if run.progress.updates < run.validate_from:
         # The table of epochs begins with their names, which one batch tells.
         return dict.fromkeys(evaluate(run, islice(run.validation, 1))) if run.progress.epoch == 0 else {}
-    metrics = run.fault.validation(run.progress.steps, evaluate(run, run.validation))
+    metrics = run.fault.validation(run.progress.steps, evaluate(run, Polled(run, run.validation)))
     bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if not bad:
         return metrics
