@@ -59,7 +59,8 @@ def noisy(data: Any) -> Any:
 ROLLBACK = Policy(on_rejection="rollback", snapshot_every=5, max_rejected=2, rewarm=4, recover=6, spike_window=10)
 SALVAGE = Policy(on_rejection="salvage", spikes=True, spike_window=10, max_quarantined=0.2)
 RARELY = {"every_updates": None, "every_epochs": 4}
-# Arguments of `assemble`, and: samples, whether they are random, the store's cadence, steps to interrupt after.
+# Arguments of `assemble`, and: samples, whether they are random, which of the first epoch overflow in the model, how
+# often to save, steps to interrupt after.
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "accumulation, bf16, average": lambda: {
         "accumulate": 2, "precision": partial(Precision, "bfloat16"), "ema": ExponentialMovingAverage,
@@ -72,8 +73,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "fault": fault.NanInput(at=5, samples=2), "guard": SALVAGE, "accumulate": 2,
     },
     "salvage with partners from the step before": lambda: {
-        "fault": fault.NanLabel(at=12, times=2, num_classes=3), "guard": SALVAGE, "accumulate": 2,
-        "samples": 96, "batch_size": 4, "epochs": 1, "stops": (12, 13),
+        "hidden": (48, 53), "guard": SALVAGE, "accumulate": 2, "samples": 96, "batch_size": 4, "epochs": 1,
+        "stops": (12, 13),
     },
     "rollback from ruined weights": lambda: {
         "fault": fault.NanWeight(at=19), "guard": ROLLBACK, "cadence": RARELY, "stops": (12, 18),
@@ -97,8 +98,8 @@ def make(folder: Path, case: str, *, workers: int = 0, every_minutes: float | No
     data: Any = points(options.pop("samples", 102), 0)  # six more than 6 steps, so that some may be quarantined
     data = Jittered(data) if options.pop("random", False) else data
     cadence = {"every_updates": 4, "every_epochs": 2, **options.pop("cadence", {})}
-    options.pop("stops", None)
-    return assemble(
+    hidden, _ = options.pop("hidden", ()), options.pop("stops", None)
+    run = assemble(
         model,
         Splits(train=data, validation=points(30, 1), test=points(30, 2)),
         folder=folder,
@@ -109,6 +110,9 @@ def make(folder: Path, case: str, *, workers: int = 0, every_minutes: float | No
         workers=workers,
         **options,
     )
+    for place in hidden:
+        run.loader.dataset.inputs[run.loader.order(0)[place]] = 3e38
+    return run
 
 
 class Killed(BaseException):
