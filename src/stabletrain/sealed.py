@@ -173,3 +173,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise Damaged(f"{path.name} holds a {type(tree).__name__}, expected a dictionary")
     return tree
+
+
+def seal(path: Path) -> Entry:
+    """Flush a file that somebody else's code has written to the disk, and return its size and hash."""
+    running = hashlib.sha256()
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(_CHUNK):
+            running.update(chunk)
+        return {"size": file.tell(), "sha256": running.hexdigest()}

@@ -6,7 +6,7 @@ bears the name is complete. The manifest is written last; it counts the checkpoi
 newest even after a run went back to an older one.
 """
 
-from stabletrain.checkpoint.files import Checkpoint
+from stabletrain.checkpoint.files import Checkpoint, has_checkpoints
 from stabletrain.checkpoint.store import CheckpointStore, nonfinite_names
 
-__all__ = ["Checkpoint", "CheckpointStore", "nonfinite_names"]
+__all__ = ["Checkpoint", "CheckpointStore", "has_checkpoints", "nonfinite_names"]
