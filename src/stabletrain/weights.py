@@ -109,7 +109,7 @@ def put_weights(model: nn.Module, weights: Weights, *, strict: bool, hint: str =
     tied = tied_names(model)
     there = {tied.get(name, name) for name in given}
     shapes = {name: (_shape(given[name]), _shape(own[name])) for name in own if name in given}
-    misshaped = [f"{name} {one} here {other}" for name, (one, other) in shapes.items() if one != other]
+    misshaped = [f"{name} is {one}, in the model {other}" for name, (one, other) in shapes.items() if one != other]
     missing = [name for name in own if name not in given and tied.get(name, name) not in there]
     unexpected = [name for name in given if name not in own]
     fitting = {name: given[name] for name, (one, other) in shapes.items() if one == other}
@@ -232,4 +232,4 @@ def _shape(value: Any) -> Any:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return "; ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
