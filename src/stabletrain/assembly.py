@@ -5,6 +5,7 @@ Without Hydra, so that a notebook builds the same run as the command line does.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from stabletrain.data import Loader, OrderedLoader, Splits
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.errors import ConfigurationError
 from stabletrain.fault import Fault, NoFault, Surroundings
-from stabletrain.folder import RunFolder
+from stabletrain.folder import RunFolder, yaml_text
 from stabletrain.guard import Policy, StepGuard
 from stabletrain.incident import IncidentStore
 from stabletrain.loss import CrossEntropy
@@ -138,10 +139,12 @@ def assemble(
     run_folder = RunFolder(folder) if folder is not None else None
     if run_folder is not None and resume == "never":
         run_folder.set_aside()
+    fingerprint = splits.fingerprint()
     store = checkpoint(run_folder.path) if run_folder is not None else None
     incidents = _incidents(run_folder, guard)
     if store is not None:
         store.exempt(nonfinite_names(model.state_dict()))
+        store.facts = {"config": _sha256(settings or {}), "data": fingerprint}
     return Run(
         model=model,
         task=task or Classification(CrossEntropy()),
@@ -169,7 +172,7 @@ def assemble(
             "seed": seed,
             "batch_size": batch_size,
             "accumulate": accumulate,
-            "data": splits.fingerprint(),
+            "data": fingerprint,
             "optimizer class": f"{type(chosen_optimizer).__module__}.{type(chosen_optimizer).__qualname__}",
         },
         notes=notes,
@@ -244,6 +247,10 @@ def _initialise(
         return [f"init_from: {put_weights(model, read_weights(source), strict=strict, hint=hint)}"]
     except ConfigurationError as error:
         raise ConfigurationError(f"init_from={source}: {error}") from error
+
+
+def _sha256(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(yaml_text(settings).encode()).hexdigest()
 
 
 def _incidents(folder: RunFolder | None, guard: Policy) -> IncidentStore | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stabletrain.checkpoint import nonfinite_names
 from stabletrain.checkpoint.files import Checkpoint, checkpoint_folders, manifest_or_none, read_manifest, read_state
+from stabletrain.checkpoint.retention import Retention
 from stabletrain.checkpoint.store import BEST_NAME
 from stabletrain.errors import ConfigurationError
 from stabletrain.sealed import MANIFEST_NAME, Damaged, verify
@@ -152,18 +153,16 @@ def _chosen(folder: Path, wish: str, names: list[str]) -> Path:
     if not good:
         raise ConfigurationError(f"none of the checkpoints in {folder} is good: {', '.join(names)}.")
     newest = max(good, key=lambda one: one.serial)
-    return newest.path if wish == "last" else (_best(folder, good) or newest).path
+    return newest.path if wish == "last" else (_retention(folder).best(good) or newest).path
 
 
-def _best(folder: Path, good: list[Checkpoint]) -> Checkpoint | None:
-    """Return the best by the metric that the run went by; None when nothing was validated."""
+def _retention(folder: Path) -> Retention:
+    """Return what the run goes by; without a note of it there, the default."""
     try:
         noted = json.loads((folder / BEST_NAME).read_text())
-        metric, sign = str(noted["metric"]), -1.0 if noted["mode"] == "max" else 1.0
+        return Retention(metric=str(noted["metric"]), mode=noted["mode"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    rated = [(sign * value, one.serial, one) for one in good if (value := one.metrics.get(metric)) is not None]
-    return min(rated, key=lambda item: item[:2])[2] if rated else None
+        return Retention()
 
 
 def _from_checkpoint(path: Path) -> Weights:

@@ -177,17 +177,22 @@ class StepGuard:
         self._count(verdict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger (counts and budget) and what recent updates were like."""
+        """Return the ledger (counts and budget), recent updates, and when the state is looked at next."""
         self.settle()
-        return {"ledger": self.ledger.state_dict(), "spikes": self.spikes.state_dict()}
+        return {
+            "ledger": self.ledger.state_dict(),
+            "spikes": self.spikes.state_dict(),
+            "until_state_check": self._until_state_check,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned; parameters and optimizer state are checked again at the next step."""
+        """Take over what `state_dict` returned; load model and optimizers first, whose state is looked at then."""
         self._pending = None
         self.ledger.load_state_dict(state["ledger"])
         self.spikes.load_state_dict(state["spikes"])
         self._buffers.seen_data = self._buffers.seen_data or self.ledger.applied > 0
-        self._until_state_check = 0
+        healthy = bool(measure.state_is_finite(self.optimizers))
+        self._until_state_check = int(state.get("until_state_check", 0)) if healthy else 0
         self.forget()
 
     @property

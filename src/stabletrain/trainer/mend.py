@@ -7,6 +7,7 @@ from pathlib import Path
 from stabletrain.errors import UnstableTraining
 from stabletrain.guard.measure import state_is_finite
 from stabletrain.quarantine import FILE_NAME
+from stabletrain.trainer.interruption import poll
 from stabletrain.trainer.record import located
 from stabletrain.trainer.replay import incident_of
 from stabletrain.trainer.run import Run, Step
@@ -83,6 +84,7 @@ def scan(run: Run) -> None:
     """Look at all training data before the first step, and leave out the samples that hold NaN or Inf."""
     size = run.loader.batch_size
     for first in range(0, len(run.loader.dataset), size):
+        poll(run)
         indices = range(first, min(first + size, len(run.loader.dataset)))
         for index in bad_inputs([run.loader.read(indices, 0)]):
             run.quarantine.add(index, epoch=0, step=0, sample=run.loader.read([index], 0).data)

@@ -80,6 +80,7 @@ def summarise(run: Run, status: Status, start: float, samples_before: int, messa
         rolled_back=run.rollback.count if run.rollback is not None else 0,
         incidents=run.incidents.recorded if run.incidents is not None else 0,
         quarantined=sorted(run.quarantine.found),
+        checkpoints=run.checkpoint.summary() if run.checkpoint is not None else {},
     )
 
 

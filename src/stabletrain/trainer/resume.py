@@ -20,12 +20,27 @@ from stabletrain.weights import tied_names
 log = logging.getLogger(__name__)
 
 
-def save(run: Run, metrics: dict[str, float] | None = None) -> None:
-    """Save everything that the rest of the run depends on."""
+ROLLBACK_NAME = "rollback.pt"
+
+
+def save(run: Run, metrics: dict[str, float] | None = None, *, planned: bool = True) -> None:
+    """Save everything that the rest of the run depends on.
+
+    Args:
+        run: between two steps.
+        metrics: of the validation of this state; None when it wasn't validated.
+        planned: whether every run with this config saves here, as it does by the count of updates or epochs. The state
+            then becomes the one to roll back to, in this run and in one that continues from it. What is saved for
+            another reason changes nothing: the copy to roll back to is saved with it.
+    """
     assert run.checkpoint is not None
-    if run.rollback is not None:
-        run.rollback.keep(run, now=True)  # a run that continues from here has this state to return to
-    run.checkpoint.save(_state(run), updates=run.progress.updates, metrics=metrics)
+    further: dict[str, Any] = {}
+    if run.rollback is not None and planned:
+        run.rollback.keep(run, now=True)
+    elif run.rollback is not None and (kept := run.rollback.kept()) is not None:
+        further[ROLLBACK_NAME] = kept
+    position = {name: getattr(run.progress, name) for name in ("epoch", "step", "steps")}
+    run.checkpoint.save(_state(run), updates=run.progress.updates, position=position, metrics=metrics, further=further)
 
 
 def _state(run: Run) -> dict[str, Any]:
@@ -38,6 +53,8 @@ def _state(run: Run) -> dict[str, Any]:
         "rollback": run.rollback.state_dict() if run.rollback is not None else {},
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
+        "last_good": [indices.clone() for indices in run.last_good],  # views of the whole epoch's order
+        "checkpoint": run.checkpoint.state_dict() if run.checkpoint is not None else {},
         "metrics": run.metrics,
         "identity": run.identity,
         "settings": yaml_text(run.settings),
@@ -72,11 +89,15 @@ def resume(run: Run) -> None:
     run.totals.load_state_dict(state["totals"])
     run.quarantine.load_state_dict(state["quarantine"])
     if run.rollback is not None and state["rollback"]:
-        run.rollback.load_state_dict(state["rollback"])
-        run.rollback.keep(run)
+        kept = _kept(run, state, store.further.get(ROLLBACK_NAME))
+        run.rollback.load_state_dict(state["rollback"], kept)
+        if kept is None and state["rollback"]["kept_updates"] >= 0:
+            run.rollback.keep(run)
     if run.incidents is not None and state["incidents"]:
         run.incidents.load_state_dict(state["incidents"])
     run.fault.load_state_dict(state["fault"])
+    run.last_good = state["last_good"]
+    store.load_state_dict(state["checkpoint"])
     run.metrics.update(state["metrics"])
     run.tracker.truncate(run.progress)
     log.info("continuing at epoch %d, step %d", run.progress.epoch, run.progress.step)
@@ -109,6 +130,16 @@ def _load_optimizer(run: Run, state: dict[str, Any]) -> dict[str, Change]:
     saved, changed = with_changed(state["optimizer"], state["hyperparameters"], run.hyperparameters)
     run.optimizer.load_state_dict(saved)
     return {f"optimizer.{name}": Change(f"optimizer.{name}", *pair) for name, pair in changed.items()}
+
+
+def _kept(run: Run, state: dict[str, Any], kept: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the copy to roll back to under today's settings."""
+    if kept is None:
+        return None
+    kept = {**kept, "optimizer": with_changed(kept["optimizer"], state["hyperparameters"], run.hyperparameters)[0]}
+    if run.ema is not None and not kept["ema"]:
+        kept["ema"] = {"average": {name: kept["model"][name] for name in run.ema.average}, "updates": 0}
+    return kept
 
 
 def _forget_losses(run: Run, state: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from stabletrain.guard import StepGuard, Verdict
 from stabletrain.incident import IncidentStore
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
+from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals, Progress
 from stabletrain.task import Task
 from stabletrain.tracking import Tracker
@@ -54,6 +55,7 @@ class Run:
     incidents: IncidentStore | None = None
     rollback: Rollback | None = None  # where the policy has one
     last_good: list[torch.Tensor] = field(default_factory=list)  # samples of the last applied step
+    signals: Signals = field(default_factory=Signals)  # that ask the run to save and end
     folder: RunFolder | None = None  # locked until the run has ended
     resume: str = "auto"  # auto, never, must, or a checkpoint's path
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change between a run and its resumption
@@ -87,6 +89,7 @@ class Summary:
     rolled_back: int = 0
     incidents: int = 0
     quarantined: list[int] = field(default_factory=list)
+    checkpoints: dict[str, Any] = field(default_factory=dict)  # saved, failed, refused, and the last problem
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from stabletrain.finite import first_nonfinite
 from stabletrain.precision import Precision
 from stabletrain.quarantine import what_is_odd
 from stabletrain.trainer.evaluation import evaluate
+from stabletrain.trainer.interruption import Polled
 from stabletrain.trainer.replay import incident_of_validation
 from stabletrain.trainer.run import Run
 
@@ -23,7 +24,7 @@ def validate(run: Run) -> dict[str, float]:
     """
     if run.validation is None:
         return {}
-    metrics = run.fault.validation(run.progress.steps, evaluate(run, run.validation))
+    metrics = run.fault.validation(run.progress.steps, evaluate(run, Polled(run, run.validation)))
     bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if not bad:
         return metrics
