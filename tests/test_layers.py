@@ -39,10 +39,11 @@ LAYERS = (
         "task",
         "tracking",
     },
+    {"weights"},
     {"trainer"},
     {"assembly"},
     {"build", "config"},
-    {"sweep"},
+    {"export", "sweep"},
     {"__main__"},
 )
 MAY_USE_HYDRA = {"build", "config", "sweep", "__main__"}

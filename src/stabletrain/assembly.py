@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stabletrain.augmentation import Unchanged
-from stabletrain.checkpoint import CheckpointStore, nonfinite_names
+from stabletrain.checkpoint import CheckpointStore, has_checkpoints, nonfinite_names
 from stabletrain.clipping import Clipping, NoClipping, Norm
 from stabletrain.data import Loader, OrderedLoader, Splits
 from stabletrain.ema import ExponentialMovingAverage
@@ -26,7 +26,7 @@ from stabletrain.folder import RunFolder, yaml_text
 from stabletrain.guard import Policy, StepGuard
 from stabletrain.incident import IncidentStore
 from stabletrain.loss import CrossEntropy
-from stabletrain.optimizer import adamw
+from stabletrain.optimizer import adamw, hyperparameters
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp, Stage
@@ -35,6 +35,7 @@ from stabletrain.task import Classification, Task
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, Summary, train
 from stabletrain.trainer.rollback import Rollback
+from stabletrain.weights import put_weights, read_weights
 
 
 def assemble(
@@ -59,6 +60,8 @@ def assemble(
     tracking: Callable[[Path | None], Tracker] = Tracker,
     folder: Path | str | None = None,
     resume: str = "auto",
+    init_from: Path | str | None = None,
+    init_strict: bool = True,
     device: str = "auto",
     workers: int = 0,
     validate_from: int = 0,
@@ -88,10 +91,13 @@ def assemble(
         tracking: makes the tracker from the run's folder.
         folder: where the run leaves its files; None: it leaves none.
         resume: `auto`, `never` (what the folder holds is set aside), `must`, or the path of a checkpoint.
+        init_from: weights to begin with: a checkpoint's, a run's or an exported folder, or a `.safetensors` file. A run
+            that goes on from a checkpoint of its own doesn't read it.
+        init_strict: whether they must fit in every name and shape; otherwise what fits is taken.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         workers: processes that read samples; 0: this one. Data in memory needs none.
         validate_from: updates before which nothing is validated.
-        settings: the resolved config, for the record.
+        settings: the resolved config, from which the model can be built again and with which a resumed run is compared.
         overrides: what was given on the command line, for the record.
 
     Returns:
@@ -103,6 +109,7 @@ def assemble(
     _check_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     place = find_device(device)
     model = model.to(place)
+    started_from = _initialise(model, init_from, init_strict, folder, resume)
     loader = Loader(
         splits.train, batch_size=batch_size, accumulate=accumulate, seed=seed, workers=workers, device=place
     )
@@ -128,6 +135,7 @@ def assemble(
     chosen_fault = fault or NoFault()
     notes = [
         *splits.notes,
+        *started_from,
         *chosen_fault.check(
             Surroundings(
                 model=model,
@@ -182,8 +190,10 @@ def assemble(
             "accumulate": accumulate,
             "ramp": chosen_ramp.description(),
             "data": fingerprint,
+            "optimizer class": f"{type(chosen_optimizer).__module__}.{type(chosen_optimizer).__qualname__}",
         },
         notes=notes,
+        hyperparameters=hyperparameters(chosen_optimizer),
         settings=settings or {},
         overrides=list(overrides),
     )
@@ -239,6 +249,21 @@ def find_device(name: str) -> torch.device:
             "cuda or cuda:<number> where there is a GPU."
         ) from error
     return device
+
+
+def _initialise(
+    model: nn.Module, source: Path | str | None, strict: bool, folder: Path | str | None, resume: str
+) -> list[str]:
+    """Put the weights of `source` into the model, unless the run goes on from a checkpoint; say what was done."""
+    if source is None:
+        return []
+    if resume not in ("auto", "never") or (resume == "auto" and folder is not None and has_checkpoints(folder)):
+        return [f"init_from={source} isn't read, because the run goes on from a checkpoint of its own"]
+    hint = "Take what fits with init_strict=false, or use the model that these weights are of." if strict else ""
+    try:
+        return [f"init_from: {put_weights(model, read_weights(source), strict=strict, hint=hint)}"]
+    except ConfigurationError as error:
+        raise ConfigurationError(f"init_from={source}: {error}") from error
 
 
 def _sha256(settings: dict[str, Any]) -> str:

@@ -63,7 +63,8 @@ class Run:
     folder: RunFolder | None = None  # locked until the run has ended
     resume: str = "auto"  # auto, never, must, or a checkpoint's path
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change between a run and its resumption
-    settings: dict[str, Any] = field(default_factory=dict)  # the resolved config, for the record
+    hyperparameters: list[dict[str, Any]] = field(default_factory=list)  # the optimizer's, as it was built
+    settings: dict[str, Any] = field(default_factory=dict)  # the resolved config
     notes: list[str] = field(default_factory=list)  # what was done to the data, for the user to read
     overrides: list[str] = field(default_factory=list)  # what was given on the command line, for the record
     progress: Progress = field(default_factory=Progress)
