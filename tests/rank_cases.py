@@ -23,7 +23,7 @@ BAD_STEP = 12
 class Case:
     """One fault under one wrapper."""
 
-    place: str  # input, forward, loss, gradient, buffer, spike, or none
+    place: str  # input, forward, loss, gradient, overflow, buffer, spike, or none
     value: float = math.nan
     rank: int = 1  # which one has the fault
     wrapper: str = "ddp"  # or fsdp2
@@ -134,7 +134,7 @@ def _microbatch(case: Case, net: Net, model: nn.Module, scaler: Any, faulty: boo
         loss = nn.functional.cross_entropy(model(inputs).float(), targets)
     if faulty and case.place == "loss":
         loss = loss * case.value
-    if faulty and case.place in ("gradient", "spike"):
+    if faulty and case.place in ("gradient", "spike", "overflow"):
         loss = _Backward.apply(loss, case.value)
     (scaler.scale(loss) if scaler is not None else loss).backward()
     return loss

@@ -34,14 +34,16 @@ LAYERS = (
         "parallel",
         "precision",
         "quarantine",
+        "ramp",
         "schedule",
         "task",
         "tracking",
     },
+    {"weights"},
     {"trainer", "integrations"},
     {"assembly"},
     {"build", "config"},
-    {"sweep"},
+    {"export", "sweep"},
     {"__main__"},
 )
 MAY_USE_HYDRA = {"build", "config", "sweep", "__main__"}

@@ -1,4 +1,4 @@
-"""The door: `python -m stabletrain [train] [key=value ...]`; picks the command, composes, maps exit codes."""
+"""The door: `python -m stabletrain [train|export] [key=value ...]`; picks the command, composes, maps exit codes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,24 @@ def train(arguments: Sequence[str], debug: bool = False) -> int:
     return codes[0] if len(codes) > 0 else COMPLETED  # no job at all: --help, --cfg, --info
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], bool], int]] = {"train": train}  # the first one is the default
+def export(arguments: Sequence[str], debug: bool = False) -> int:
+    """Write a run's weights for others to read; see `stabletrain.export.export`."""
+    words = [word for word in arguments if not word.startswith("debug=")]
+    given = configs.named_words("export", words, needed=["run"], allowed=["checkpoint", "to"])
+    from stabletrain.export import export as write
+
+    try:
+        print(write(**given))
+    except Exception as error:
+        return _report(error, debug)
+    return COMPLETED
+
+
+# The first one is the default.
+COMMANDS: dict[str, Callable[[Sequence[str], bool], int]] = {
+    "train": train,
+    "export": export,
+}  # the first one is the default
 
 
 # ------------------------------------------------------------------------------------------------------------ jobs
@@ -229,7 +246,10 @@ def _message(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Interrupted):
         return str(error), INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted before anything was saved", FAILED
+        return (
+            "interrupted at once, without saving; the same command continues from the last checkpoint, if there is one",
+            FAILED,
+        )
     if isinstance(error, OSError) and error.errno in _DISK and _users_line(error) is None:
         return (
             f"can't write {error.filename or 'to disk'}: {error.strerror}. Give room or another folder.",

@@ -19,6 +19,7 @@ from stabletrain.collectives import Ranks
 PLACES = ("input", "forward", "loss", "gradient", "buffer", "spike")
 VALUES = {"spike": 1e7}
 REASONS = {
+    "overflow": "overflow",
     "input": "loss",
     "forward": "loss",
     "loss": "loss",
@@ -37,6 +38,9 @@ CASES = [
     (2, Case("loss", precision="fp16", on_device=True)),
     (2, Case("input", precision="fp16", wrapper="fsdp2")),
     (2, Case("buffer", precision="bf16", rank=0)),
+    *((2, Case("overflow", 1e38, precision="fp16", wrapper=wrapper)) for wrapper in ("ddp", "fsdp2")),
+    (2, Case("overflow", 1e38, precision="fp16", on_device=True)),
+    (2, Case("overflow", 1e38, precision="fp16", wrapper="fsdp2", on_device=True)),
 ]
 
 
@@ -70,7 +74,10 @@ def test_a_step_that_is_bad_on_one_rank_never_happened(size: int, case: Case) ->
     for number, (left, never) in enumerate(zip(bad, hole, strict=True)):
         assert left["reasons"] == [None] * BAD_STEP + [REASONS[case.place]] + [None] * (STEPS - BAD_STEP - 1), number
         assert never["reasons"] == [None] * (STEPS - 1)
-        for part in ("model", "optimizer", "rate", "scaler", "applied"):
+        same_scale = [] if case.place == "overflow" else ["scaler"]
+        assert same(left["scaler"], bad[0]["scaler"])
+        assert not left["scaler"] or left["scaler"]["scale"] == (128.0 if same_scale else 64.0)
+        for part in ("model", "optimizer", "rate", *same_scale, "applied"):
             assert same(left[part], never[part]), (part, number)
         # Running statistics are each rank's own between two forwards; all else is common.
         names = [name for name in left["model"] if "running" not in name]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from stabletrain.collectives import Ranks, ranks_of
 from stabletrain.errors import ConfigurationError, UnstableTraining
 from stabletrain.finite import first_nonfinite, global_norm, limit_norm
-from stabletrain.guard import measure
+from stabletrain.guard import loss_scale, measure
 from stabletrain.guard.agreement import agreed
 from stabletrain.guard.attached import AfterStep, Attachment
 from stabletrain.guard.hooks import end_step_of_others, watch
@@ -105,6 +105,7 @@ class StepGuard:
         self._keep_on_device = keep_on_device
         self._pending: Verdict | None = None
         self.attachment: Attachment | None = None
+        self._scaler_before: list[Tensor] = []  # its tensors before it reacted to the latest overflow
         self._hooks = [handle for module in self.models for handle in watch(module, self)]
 
     def step(self, loss: Tensor | Sequence[Tensor]) -> Verdict:
@@ -132,11 +133,13 @@ class StepGuard:
         if self._stays_on_device():
             self._pending = self._step_on_device(loss)
             return self._pending
-        verdict = Verdict(self._judge(loss))
-        if verdict.applied:
-            self._commit(verdict.facts)
+        facts = self._judge(loss)
+        if facts.reason is None:
+            self._commit(facts)
         else:
-            self._undo(verdict.reason)
+            scale_held = not self._undo(facts.reason) and facts.reason == "overflow"
+            facts = facts._replace(scale_held=scale_held)
+        verdict = Verdict(facts)
         self._count(verdict)
         return verdict
 
@@ -198,6 +201,23 @@ class StepGuard:
             self._undo("gradient")
         return facts
 
+    def call_no_overflow(self, verdict: Verdict) -> Verdict:
+        """Correct the last verdict, an overflow, once it is known that the gradient is NaN whatever the loss scale.
+
+        The loss scale goes back to where it was, and the step counts against the budget.
+
+        Args:
+            verdict: of the step decided last.
+
+        Returns:
+            The corrected verdict, for the reason `gradient`.
+        """
+        assert self.scaler is not None and verdict.reason == "overflow"
+        loss_scale.put_back(self.scaler, self._scaler_before)
+        corrected = Verdict(verdict.facts._replace(reason="gradient", scale_held=False))
+        self.ledger.correct(verdict, corrected)
+        return corrected
+
     @property
     def begun(self) -> bool:
         """Whether a forward pass was begun since the last decision."""
@@ -229,19 +249,24 @@ class StepGuard:
         self._count(verdict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger (counts and budget) and what recent updates were like."""
+        """Return the ledger (counts and budget), what recent updates were like, and when the state is checked next."""
         self.settle()
         if self.attachment is not None:
             self.attachment.settle_scale()
-        return {"ledger": self.ledger.state_dict(), "spikes": self.spikes.state_dict()}
+        return {
+            "ledger": self.ledger.state_dict(),
+            "spikes": self.spikes.state_dict(),
+            "until_state_check": self._until_state_check,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned; parameters and optimizer state are checked again at the next step."""
+        """Take over what `state_dict` returned; load model and optimizers first, whose state is looked at then."""
         self._pending = None
         self.ledger.load_state_dict(state["ledger"])
         self.spikes.load_state_dict(state["spikes"])
         self._buffers.seen_data = self._buffers.seen_data or self.ledger.applied > 0
-        self._until_state_check = 0
+        healthy = bool(measure.state_is_finite(self.optimizers))
+        self._until_state_check = int(state.get("until_state_check", 0)) if healthy else 0
         self.forget()
 
     @property
@@ -381,17 +406,23 @@ class StepGuard:
         if self.policy.spikes:
             self.spikes.accept(loss=facts.loss, grad_norm=facts.grad_norm)
 
-    def _undo(self, reason: Reason | None) -> None:
-        """Leave no trace of the step; an overflow alone lowers the loss scale, to 1 at the least."""
+    def _undo(self, reason: Reason | None) -> bool:
+        """Leave no trace of the step; an overflow alone may lower the loss scale, to 1 at the least.
+
+        Returns:
+            Whether it did.
+        """
         self._snapshot.restore()
         self._drop_gradients()
         if self.scaler is None or (reason == "loss" and not self.ranks.together):
-            return  # the scaler has seen nothing of a step whose loss decided
-        scale = self.scaler.get_scale()
+            return False  # the scaler has seen nothing of a step whose loss decided
+        before = scale = self.scaler.get_scale()
         if reason == "overflow":
+            self._scaler_before = loss_scale.copies(self.scaler)
             self.scaler.update()
             scale = max(self.scaler.get_scale(), 1.0)
         self.scaler.update(scale)
+        return scale < before
 
     def _drop_gradients(self) -> None:
         for optimizer in self.optimizers:
@@ -412,6 +443,7 @@ class StepGuard:
         spikes = self.spikes.limits() if self.policy.spikes else (math.inf, math.inf)
         step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits, spikes, self.ranks)
         read = step.run(measure.mean_loss(loss), self._snapshot, self._buffers, check_state, rate is not None)
+        self._scaler_before = step.scaler_before
         self._drop_gradients()
         return Verdict(read)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from stabletrain.data import Microbatch
 from stabletrain.errors import ConfigurationError
 from stabletrain.randomness import key, keyed
+from stabletrain.trainer.interruption import Polled
 from stabletrain.trainer.run import Run
 
 
@@ -42,7 +43,7 @@ def measure_test(run: Run) -> None:
         return
     best = run.checkpoint.best() if run.checkpoint is not None else None
     if best is None or run.checkpoint is None:
-        run.metrics["test"] = evaluate(run, run.test)
+        run.metrics["test"] = evaluate(run, Polled(run, run.test))
         return
     last = {"model": run.model.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else {}}
     last = {part: _cloned(state) for part, state in last.items()}
@@ -53,7 +54,7 @@ def measure_test(run: Run) -> None:
         saved = last
     try:
         _put_weights(run, saved)
-        run.metrics["test"] = evaluate(run, run.test)
+        run.metrics["test"] = evaluate(run, Polled(run, run.test))
     finally:
         _put_weights(run, last)
 

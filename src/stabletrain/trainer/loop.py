@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 
 from torch import Tensor
 
 from stabletrain.errors import Interrupted, UnstableTraining
 from stabletrain.guard import Verdict
 from stabletrain.optimizer import set_learning_rate
-from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals
 from stabletrain.trainer.evaluation import measure_test
+from stabletrain.trainer.interruption import asked, leave, poll
 from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
 from stabletrain.trainer.record import located, record, summarise
 from stabletrain.trainer.resume import resume, save
 from stabletrain.trainer.run import Run, Status, Step, Summary
 from stabletrain.trainer.step import forward_backward
 from stabletrain.trainer.validation import validate
+
+logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> Summary:
@@ -43,12 +47,11 @@ def train(run: Run) -> Summary:
         stack.callback(run.tracker.close)
         stack.callback(run.fault.close)
         stack.enter_context(run.precision.active())
-        signals = stack.enter_context(Signals())
+        stack.enter_context(run.signals)
+        stack.push(partial(_stop_writing, run))
         resume(run)
         environment = {"device": str(run.device), "seed": run.seed}
-        run.tracker.begin(
-            run.settings, environment, run.epochs * run.loader.steps_per_epoch, run.progress, overrides=run.overrides
-        )
+        run.tracker.begin(run.settings, environment, run.total_steps, run.progress, overrides=run.overrides)
         for note in run.notes:
             run.tracker.warning(note)
         samples_before = run.progress.samples
@@ -58,19 +61,22 @@ def train(run: Run) -> Summary:
             while run.progress.epoch < run.epochs:
                 if run.progress.step == 0:
                     run.quarantine.begin_epoch()
-                train_epoch(run, signals)
+                train_epoch(run)
                 _end_epoch(run, start, samples_before)
+            note_best(run)
             measure_test(run)
         except Exception as error:
-            summary = summarise(run, _status_of(error), start, samples_before, str(error))
-            run.tracker.finish(asdict(summary))
-            raise
+            said = _let_go(run, error)
+            run.tracker.finish(asdict(summarise(run, _status_of(said), start, samples_before, str(said))))
+            if said is error:
+                raise
+            raise said from None
         summary = summarise(run, "completed", start, samples_before)
         run.tracker.finish(asdict(summary))
         return summary
 
 
-def train_epoch(run: Run, signals: Signals) -> None:
+def train_epoch(run: Run) -> None:
     """Train the rest of the current epoch, step by step."""
     run.model.train()
     epoch, first = run.progress.epoch, run.progress.step
@@ -85,10 +91,11 @@ def train_epoch(run: Run, signals: Signals) -> None:
         step.rate = set_learning_rate(run.optimizer, _rate_factor(run))
         step.verdict = decide(run, losses, step)  # unscale, measure, judge, clip, commit or undo
         waiting = step
-        if not step.verdict.pending or signals.received or _may_be_due(run):
+        if not step.verdict.pending or _may_be_due(run) or asked(run) is not None:
             finish_step(run, step)
             waiting = None
-            _save_if_due(run, signals)
+            _save_if_due(run, step)
+            poll(run)
     if waiting is not None:
         finish_step(run, waiting)
 
@@ -100,15 +107,18 @@ def _begin(run: Run, step: Step) -> list[Tensor]:
 
 def _rate_factor(run: Run) -> float:
     lowered = run.rollback.factor(run.progress.updates) if run.rollback is not None else 1.0
-    return run.schedule(run.progress.updates) * lowered
+    return run.schedule(run.progress.updates) * run.ramp.factor * lowered
 
 
-def _save_if_due(run: Run, signals: Signals) -> None:
-    if signals.received:
-        _interrupt(run, signals)
-    store = run.checkpoint
-    if store is not None and store.due(updates=run.progress.updates, epoch_ended=False, epoch=run.progress.epoch):
+def _save_if_due(run: Run, step: Step) -> None:
+    if run.checkpoint is None:
+        return
+    occasions, progress = run.checkpoint.occasions, run.progress
+    assert step.verdict is not None
+    if step.verdict.applied and occasions.due(updates=progress.updates, epoch_ended=False, epoch=progress.epoch):
         save(run)
+    elif occasions.overdue:
+        save(run, planned=False)
 
 
 def decide(run: Run, losses: list[Tensor], step: Step) -> Verdict:
@@ -163,6 +173,7 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
     """Validate, write the epoch down, and save."""
     epoch = run.progress.epoch
     metrics = validate(run)
+    measured = {name: value for name, value in metrics.items() if value is not None}
     loss, grad_norm = run.totals.means()
     run.tracker.epoch(
         {
@@ -174,37 +185,63 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
             "applied": run.totals.applied,
             "rejected": run.totals.rejected,
             "salvaged": run.totals.salvaged,
+            **({"batch_size": run.loader.batch_size} if run.ramp.stages else {}),
         }
     )
+    _climb(run)
     run.progress.epoch, run.progress.step, run.totals = epoch + 1, 0, EpochTotals()
-    run.metrics["final"] = metrics
-    store = run.checkpoint
-    if store is not None and (store.due(updates=run.progress.updates, epoch_ended=True, epoch=epoch) or _last(run)):
-        save(run, metrics)
-    if store is not None and (best := store.best()) is not None:
-        run.metrics["best"] = {name: value for name, value in best.metrics.items() if value is not None}
+    run.metrics["final"] = measured
+    if run.checkpoint is not None:
+        occasions = run.checkpoint.occasions
+        last = run.progress.epoch == run.epochs and occasions.any
+        if last or occasions.due(updates=run.progress.updates, epoch_ended=True, epoch=epoch):
+            note_best(run)
+            save(run, measured)
     run.tracker.summary(asdict(summarise(run, "running", start, samples_before)))
+    poll(run)
 
 
-def _last(run: Run) -> bool:
-    return run.progress.epoch == run.epochs and run.checkpoint is not None and run.checkpoint.enabled
+def _climb(run: Run) -> None:
+    """Enter the next stage of the ramp, if it is its turn."""
+    line = run.ramp.enter(run.progress.epoch + 1)
+    if line is not None:
+        run.tracker.note(line)
+    if run.ramp.batch_size is not None:
+        run.loader.resize(run.ramp.batch_size)
+
+
+def note_best(run: Run) -> None:
+    """Wait for the checkpoint that is being written, and note what the best one so far was measured at."""
+    best = run.checkpoint.best() if run.checkpoint is not None else None
+    if best is not None:
+        run.metrics["best"] = {name: value for name, value in best.metrics.items() if value is not None}
 
 
 def _may_be_due(run: Run) -> bool:
     """Whether the step just decided, if it was applied, calls for a checkpoint."""
-    store = run.checkpoint
-    return store is not None and store.due(updates=run.progress.updates + 1, epoch_ended=False, epoch=0)
+    if run.checkpoint is None:
+        return False
+    occasions = run.checkpoint.occasions
+    return occasions.overdue or occasions.due(updates=run.progress.updates + 1, epoch_ended=False, epoch=0)
 
 
-def _interrupt(run: Run, signals: Signals) -> None:
-    """Save and leave; the same command continues."""
-    if run.checkpoint is None or not run.checkpoint.enabled:
-        raise Interrupted(f"{signals.name} at epoch {run.progress.epoch}; nothing was saved, checkpoints are off")
-    save(run)
-    raise Interrupted(
-        f"{signals.name} at epoch {run.progress.epoch}, step {run.progress.step}; a checkpoint was saved, and the "
-        "same command continues"
-    )
+def _let_go(run: Run, error: Exception) -> Exception:
+    """Save if the run was asked to end, wait for the checkpoint that is being written, and return what to tell."""
+    try:
+        said = leave(run, error) if isinstance(error, Interrupted) else error
+        note_best(run)
+        return said
+    except Exception as another:
+        if isinstance(error, Interrupted):
+            return another
+        logger.exception("the last checkpoint was not written")
+        return error
+
+
+def _stop_writing(run: Run, kind: type[BaseException] | None, *details: object) -> None:
+    """Let the checkpoint that is being written come to its end, unless somebody wants to be gone at once."""
+    if run.checkpoint is not None and kind is not None and not issubclass(kind, Exception):
+        run.checkpoint.give_up()
 
 
 def _status_of(error: BaseException) -> Status:

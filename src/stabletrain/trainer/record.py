@@ -36,6 +36,8 @@ def record(run: Run, step: Step) -> None:
         row["scale"] = run.precision.scaler.get_scale() if shown else None
     if not verdict.applied:
         run.totals.rejected += 1
+        if verdict.reason != "overflow" or verdict.facts.scale_held:
+            run.ramp.disturb()
         run.tracker.rejected(row, step.indices(), verdict.detail)
     elif step.rejected_for is not None:
         run.tracker.salvaged(row, step.bad_samples, step.rejected_for.detail)
@@ -80,6 +82,7 @@ def summarise(run: Run, status: Status, start: float, samples_before: int, messa
         rolled_back=run.rollback.count if run.rollback is not None else 0,
         incidents=run.incidents.recorded if run.incidents is not None else 0,
         quarantined=sorted(run.quarantine.found),
+        checkpoints=run.checkpoint.summary() if run.checkpoint is not None else {},
     )
 
 

@@ -86,8 +86,14 @@ class Rollback:
             now: copy whatever the time, at a checkpoint for example, so that a resumed run holds the same copy.
         """
         due = self._kept is None or run.progress.updates >= self._kept_updates + self.policy.snapshot_every
-        if (due or now) and run.progress.updates != self._kept_updates and bool(state_is_finite([run.optimizer])):
+        # At a checkpoint even if there was no update since: a rejected step may have lowered the loss scale.
+        due = due and run.progress.updates != self._kept_updates
+        if (due or now) and bool(state_is_finite([run.optimizer])):
             self._kept, self._kept_updates = _copied(learned_state(run)), run.progress.updates
+
+    def kept(self) -> dict[str, Any] | None:
+        """Return the copy, for a checkpoint of another state than this; None while there is none."""
+        return self._kept
 
     def go_back(self, run: Run, why: UnstableTraining) -> None:
         """Restore the copy, count it, and lower the rate; the data goes on where it stands.
@@ -106,6 +112,7 @@ class Rollback:
         run.precision.load_state_dict(kept["precision"])
         run.progress.updates = self._kept_updates
         run.guard.ledger.forgive()
+        run.ramp.disturb()
         self._divergence.reset()
         self.count += 1
         self.lower(self._kept_updates)
@@ -115,8 +122,9 @@ class Rollback:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counts and level; the copy itself is the checkpoint's own state."""
+        """Return counts and level; the copy itself is the checkpoint's own state, or a file of its own there."""
         return {
+            "kept_updates": self._kept_updates,
             "count": self.count,
             "level": self._level,
             "since": self._since,
@@ -124,12 +132,18 @@ class Rollback:
             "divergence": self._divergence.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over counts and level; the next `keep` copies the state that was loaded."""
+    def load_state_dict(self, state: dict[str, Any], kept: dict[str, Any] | None = None) -> None:
+        """Take over counts and level.
+
+        Args:
+            state: what `state_dict` returned.
+            kept: the copy that it belongs to; None: there was none, or it is the state that the run is in, which `keep`
+                is to copy.
+        """
         self.count, self._level = int(state["count"]), float(state["level"])
         self._since, self._warm_from = int(state["since"]), state["warm_from"]
         self._divergence.load_state_dict(state["divergence"])
-        self._kept, self._kept_updates = None, -1
+        self._kept, self._kept_updates = kept, int(state["kept_updates"]) if kept is not None else -1
 
 
 def learned_state(run: Run) -> dict[str, Any]:
