@@ -309,6 +309,47 @@ def test_a_fused_optimizer_keeps_its_own_way_with_the_scale() -> None:
     assert world.optimizers[0]._step_supports_amp_scaling  # type: ignore[attr-defined]
 
 
+class Counting(torch.optim.SGD):
+    """Counts its steps in the group, in a tensor and a number, with or without gradients."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            group["lr"].mul_(0.5)
+        return loss
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("way", ["closure", "step"])
+def test_a_step_that_calls_its_parents_is_one_step_and_counts_nothing_when_it_is_bad(bad: int, way: str) -> None:
+    torch.optim.SGD([torch.zeros(1)])  # from now on torch runs the hooks for the parent's step too
+    model = nn.Linear(3, 1)
+    rate = torch.tensor(1.0)
+    optimizer = Counting(model.parameters(), lr=rate)
+    told: list[bool] = []
+    guard = StepGuard(model, optimizer).attach(after_step=lambda verdict: told.append(verdict.applied))
+    for position in range(3):
+        optimizer.zero_grad()
+
+        def evaluate(position: int = position) -> Tensor:
+            loss: Tensor = model(torch.full((2, 3), NAN if position == bad else 1.0)).sum()
+            loss.backward()
+            return loss
+
+        if way == "closure":
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
+        if position == 0:
+            assert ("steps" in optimizer.param_groups[0]) == (bad != 0)
+    [group] = optimizer.param_groups
+    assert group["steps"] == 2 and group["lr"] is rate and float(rate) == 0.25
+    assert told == [position != bad for position in range(3)]
+    assert (guard.stats.applied, guard.stats.rejected) == (2, 1)
+
+
 def test_the_optimizer_keeps_the_guard_alive() -> None:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -54,6 +54,7 @@ TARGETS: list[tuple[Any, tuple[str, ...]]] = [
         ("__init__", "observe", "decide", "settle_scale", "remove", "_before", "_is_due", "_prepare", "_after", "_note",
          "_unscale", "_judge"),
     ),
+    (attached, ("_values", "_put_back")),
     (hooks, ("end_step_of_others",)),
     (hooks.BeforeForward, ("__call__",)),
     (hooks.AfterLoading, ("__call__",)),

@@ -58,6 +58,8 @@ class Attachment:
         self._kept_scale: dict[str, Any] | None = None  # to put back once the loop has updated its scaler
         self._after_step = after_step
         self._waiting: list[Optimizer] = []  # optimizers for which the verdict is still to be carried out
+        self._stepping: Optimizer | None = None
+        self._nested = 0  # a step that calls its parent class's: torch runs the hooks for each
         self._noted = True  # whether the guard knows that the verdict was carried out
         self._scaled = False  # whether the optimizer is stepped by a loss scaler
         self._groups: list[dict[str, Any]] = []
@@ -90,6 +92,7 @@ class Attachment:
         losses, self.losses = self.losses, []
         self.verdict = verdict = Verdict(self._judge(losses))
         self._waiting = list(guard.optimizers)
+        self._nested = 0
         self._noted = not verdict.applied
         if verdict.applied:
             guard._limit_gradients(verdict.facts)
@@ -152,20 +155,28 @@ class Attachment:
         return self.guard.begun or not any(optimizer is one for one in self._waiting)
 
     def _prepare(self, optimizer: Optimizer) -> None:
+        if self._stepping is optimizer and not self.guard.begun:
+            self._nested += 1
+            return
         self._unscale(optimizer)
         if self._is_due(optimizer):
             self.decide()
         self._waiting = [one for one in self._waiting if one is not optimizer]
+        self._stepping = optimizer
         assert self.verdict is not None
         if not self.verdict.applied:
             # Some optimizers count their steps in the groups, with or without gradients.
             self._groups = [_values(group) for group in optimizer.param_groups]
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._nested > 0:
+            self._nested -= 1
+            return
+        self._stepping = None
         assert self.verdict is not None
         if not self.verdict.applied:
             for group, values in zip(optimizer.param_groups, self._groups, strict=True):
-                group.update(values)
+                _put_back(group, values)
         elif not self._waiting:
             self._note()
         if self._after_step is not None:
@@ -207,7 +218,16 @@ class Attachment:
 def _values(group: dict[str, Any]) -> dict[str, Any]:
     """Return what stands in a parameter group besides the parameters."""
     return {
-        name: value.clone() if isinstance(value, torch.Tensor) else value
-        for name, value in group.items()
-        if name != "params"
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"
     }
+
+
+@torch.no_grad()
+def _put_back(group: dict[str, Any], values: dict[str, Any]) -> None:
+    for name in group.keys() - values.keys() - {"params"}:
+        del group[name]
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            group[name].copy_(value)  # schedules keep the tensor itself
+        else:
+            group[name] = value
