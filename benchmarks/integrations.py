@@ -3,8 +3,8 @@
     python benchmarks/integrations.py [--faults] [--speed] [--epochs 8] [--turns 15]
 
 Needs what `make test-integrations` installs. The network and the data are the digits of scikit-learn; without the guard
-each library clips by its own means, at the same norm. Seconds per step are the median over a training of the times
-between two forward passes; trainings with and without the guard take turns in one process.
+each library clips by its own means, at the same norm. Seconds per step are the process's own CPU time between two forward
+passes, the median over a training; trainings with and without the guard take turns in one process of one thread.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Network(nn.Module):
         """Return loss and logits."""
         fault = self.fault if self.training and len(self.times) == self.at else "none"
         if self.training:
-            self.times.append(time.perf_counter())
+            self.times.append(time.process_time())
         if fault == "nan_input":
             inputs = inputs.clone()
             inputs[0] = math.nan
@@ -230,7 +230,7 @@ def faults(epochs: int) -> None:
 
 def speed(epochs: int, turns: int) -> None:
     """Print the ratio of step times with the guard and without."""
-    print("| library | network | ms a step without | time with the guard against without [95 %] |")
+    print("| library | network | CPU ms a step without | time with the guard against without [95 %] |")
     print("| --- | --- | --- | --- |")
     for library, body in itertools.product(LIBRARIES, (convnet, perceptron)):
         seconds: dict[bool, list[float]] = {False: [], True: []}

@@ -141,7 +141,7 @@ class Attachment:
                     "undo as one; use an optimizer that evaluates it once."
                 )
             loss = closure()
-            if not self.losses and isinstance(loss, Tensor) and self._is_due(optimizer):
+            if not self.losses and isinstance(loss, Tensor) and self.guard.begun:
                 self.observe(loss)
             self._prepare(optimizer)
             return loss
