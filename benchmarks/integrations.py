@@ -3,7 +3,7 @@
     python benchmarks/integrations.py [--faults] [--speed] [--epochs 8] [--turns 15]
 
 Needs what `make test-integrations` installs. The network and the data are the digits of scikit-learn; without the guard
-each library clips by its own means, at the same norm. Seconds per step are the process's own CPU time between two forward
+each library clips by its own means, at the same norm. Seconds per step are the CPU time between two forward
 passes, the median over a training; trainings with and without the guard take turns in one process of one thread.
 """
 
