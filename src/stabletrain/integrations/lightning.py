@@ -23,7 +23,7 @@ class GuardCallback(Callback):  # type: ignore[misc]
 
     It decides after backward (of the last microbatch under accumulation) and before Lightning clips, so clip with
     either. A scheduler that moves with each step doesn't move on a rejected one; `global_step` does. Logged after each
-    batch: `guard/applied`, `guard/rejected`. The counts are saved in Lightning's checkpoints.
+    epoch and each rejected step: `guard/applied`, `guard/rejected`. The counts are saved in Lightning's checkpoints.
 
     In manual optimization each optimizer gets a guard of its own, and each `optimizer.step()` ends a step.
 
@@ -40,6 +40,7 @@ class GuardCallback(Callback):  # type: ignore[misc]
         self.settings = settings
         self.guards: list[StepGuard] = []  # one for each optimizer
         self._log = log
+        self._logged = 0  # rejected steps when the counts were logged last
         self._saved: list[dict[str, Any]] = []
         self._frequencies: list[tuple[Any, int]] = []  # of schedulers that wait
 
@@ -88,16 +89,19 @@ class GuardCallback(Callback):  # type: ignore[misc]
             self._hold_schedulers(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let schedulers move again, and log."""
+        """Let schedulers move again, and log after a rejection; Lightning's logging costs too much for every batch."""
         for config, frequency in self._frequencies:
             config.frequency = frequency
         self._frequencies = []
         for guard in self.guards:
             assert guard.attachment is not None
             guard.attachment.settle_scale()
-        if self._log:
-            pl_module.log("guard/applied", float(sum(guard.stats.applied for guard in self.guards)))
-            pl_module.log("guard/rejected", float(sum(guard.stats.rejected for guard in self.guards)))
+        if self._rejected != self._logged:
+            self._write(pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log."""
+        self._write(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the guards off; their `stats` can still be read."""
@@ -116,6 +120,16 @@ class GuardCallback(Callback):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the guards' states until training starts."""
         self._saved = state_dict["guards"]
+
+    @property
+    def _rejected(self) -> int:
+        return sum(guard.stats.rejected for guard in self.guards)
+
+    def _write(self, pl_module: Any) -> None:
+        if self._log:
+            pl_module.log("guard/applied", float(sum(guard.stats.applied for guard in self.guards)))
+            pl_module.log("guard/rejected", float(self._rejected))
+        self._logged = self._rejected
 
     def _begin(self) -> None:
         for guard in self.guards:
