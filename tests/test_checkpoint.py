@@ -660,12 +660,3 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"has format 3.*reads format 2; use the version that wrote it"):
             read()
     assert names(store) == ["step_000000001"]
-
-
-def test_counts_are_kept(tmp_path: Path) -> None:
-    """Failures are remembered over a restart."""
-    store = CheckpointStore(tmp_path)
-    saved(store, simple(float("nan")), updates=1)
-    again = CheckpointStore(tmp_path)
-    again.load_state_dict(store.state_dict())
-    assert (again.refused, again.errors) == (1, 0)

@@ -212,17 +212,8 @@ class CheckpointStore:
         except (Damaged, OSError, RuntimeError) as error:
             raise ConfigurationError(f"the checkpoint {path} can't be used: {error}; give another one") from error
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counts of what was not written; what is best is read from the manifests."""
-        self.wait()
-        return {"errors": self.errors, "refused": self.refused}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the counts."""
-        self.errors, self.refused = int(state["errors"]), int(state["refused"])
-
     def summary(self) -> dict[str, Any]:
-        """Return what was written by this process, what could not be in the whole run, and why the last time."""
+        """Return what this process has written, what it could not write, and why the last time."""
         return {"saved": self.saved, "failed": self.errors, "refused": self.refused, "problem": self.problem}
 
     def _read(self, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -308,7 +299,7 @@ class CheckpointStore:
                 shutil.rmtree(doomed)
         except OSError as error:
             self.errors += 1
-            self._complain(f"old checkpoints in {self.folder} could not be removed ({error})")
+            self._complain(f"old checkpoints in {self.folder} could not be removed, or the best not be noted ({error})")
 
     def _note_best(self, best: Checkpoint) -> None:
         metric, mode = self.retention.metric, self.retention.mode

@@ -177,7 +177,7 @@ class StepGuard:
         self._count(verdict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger (counts and budget), recent updates, and when the state is looked at next."""
+        """Return the ledger (counts and budget), what recent updates were like, and when the state is looked at."""
         self.settle()
         return {
             "ledger": self.ledger.state_dict(),

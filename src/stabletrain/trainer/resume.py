@@ -54,7 +54,6 @@ def _state(run: Run) -> dict[str, Any]:
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
         "last_good": [indices.clone() for indices in run.last_good],  # views of the whole epoch's order
-        "checkpoint": run.checkpoint.state_dict() if run.checkpoint is not None else {},
         "metrics": run.metrics,
         "identity": run.identity,
         "settings": yaml_text(run.settings),
@@ -97,7 +96,6 @@ def resume(run: Run) -> None:
         run.incidents.load_state_dict(state["incidents"])
     run.fault.load_state_dict(state["fault"])
     run.last_good = state["last_good"]
-    store.load_state_dict(state["checkpoint"])
     run.metrics.update(state["metrics"])
     run.tracker.truncate(run.progress)
     log.info("continuing at epoch %d, step %d", run.progress.epoch, run.progress.step)
