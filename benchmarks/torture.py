@@ -77,7 +77,7 @@ def training(folder: Path, checkpoint: Callable[..., CheckpointStore] = Checkpoi
     run = assemble(
         network(),
         Splits(train=points(160, bad=True), validation=points(48, bad=False)),
-        epochs=6,
+        epochs=4,
         batch_size=16,
         accumulate=2,
         optimizer=partial(adamw, lr=1e-2),
@@ -284,9 +284,14 @@ def small_disk(place: Path) -> Iterator[bool]:
 
 
 def full_disk(folder: Path, saves: int, chance: random.Random) -> dict[str, Any]:
-    """Train until so many saves were refused; count the earlier checkpoints that this cost, and runs that differ."""
-    Child(folder / "roomy").finish()
-    undisturbed = outcome(folder / "roomy")[0]
+    """Train until so many saves were refused; count the earlier checkpoints that this cost, and runs that differ.
+
+    Args:
+        folder: holds the run `undisturbed`.
+        saves: how many.
+        chance: when, and how much room there is.
+    """
+    undisturbed = outcome(folder / "undisturbed")[0]
     found = {"disk": "", "saves refused": 0, "looks at earlier ones": 0, "earlier ones lost": 0, "runs that differ": 0}
     with small_disk(folder / "disk") as mounted:
         found["disk"] = "tmpfs of 2 MiB" if mounted else "file size limit"
@@ -331,7 +336,7 @@ def _crowded(place: Path, seed: float, *, limit: bool) -> list[int]:
 
 
 def damaged(folder: Path, regions: int, truncations: int, chance: random.Random) -> dict[str, Any]:
-    """Damage the newest of two checkpoints in every way; count how often the one before is used instead."""
+    """Damage the newest checkpoint of the run `undisturbed`; count how often the one before is used instead."""
     Child(folder / "source").finish()
     newest, before, *_ = sorted(
         (read_manifest(path) for path in checkpoint_folders(folder / "source" / "checkpoints")),
@@ -387,14 +392,13 @@ def main() -> int:
     chance = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as name:
         parts = {
-            "killed": partial(killed, Path(name, "killed"), given.runs, chance),
-            "full disk": partial(full_disk, Path(name, "full"), given.saves, chance),
-            "damaged": partial(damaged, Path(name, "damaged"), given.regions, given.truncations, chance),
+            "killed": partial(killed, Path(name), given.runs, chance),
+            "full disk": partial(full_disk, Path(name), given.saves, chance),
+            "damaged": partial(damaged, Path(name), given.regions, given.truncations, chance),
         }
         facts = {}
         print("| what | figure | value |\n| --- | --- | --- |")
         for part, work in parts.items():
-            Path(name, part.split()[0]).mkdir()
             facts[part] = work()
             for figure, value in facts[part].items():
                 print(f"| {part} | {figure} | {value} |", flush=True)
