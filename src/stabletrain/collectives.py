@@ -151,9 +151,10 @@ def first_to_say(name: str, value: str) -> str:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ConfigurationError(
-            "several processes were started without torchrun, so they can't agree on a name for the run: give name=<name>"
+            "several processes were started without torchrun, so they can't agree on a name for the run: give name=<own>"
         )
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False)  # type: ignore[attr-defined]  # public, but not in its list of names
     return bytes(store.compare_set(name, "", value)).decode()
 
 
