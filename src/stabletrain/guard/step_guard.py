@@ -194,7 +194,7 @@ class StepGuard:
         self._check_begun()
         assert not (alone and commit), "what is applied is decided by all ranks"
         self._snapshot.note_moved_parameters()
-        facts = self._judge_here(loss) if alone else self._judge(loss)
+        facts = self._judge(loss, alone=alone)
         if facts.reason is None and commit:
             self._commit(facts)
         else:
@@ -303,12 +303,12 @@ class StepGuard:
                 "Optimizers that step after the same backward belong to one guard: StepGuard(model, [one, other])."
             )
 
-    def _judge(self, loss: Tensor | Sequence[Tensor] | None) -> Facts:
-        """Decide with all ranks; what they have in common, recent history, is looked at last."""
+    def _judge(self, loss: Tensor | Sequence[Tensor] | None, *, alone: bool = False) -> Facts:
+        """Decide, with all ranks unless `alone`; what they have in common, recent history, is looked at last."""
         facts = self._judge_here(loss)
         if self.policy.on_rejection == "none":
             return facts
-        if self.ranks.together:
+        if self.ranks.together and not alone:
             device = self.optimizers[0].param_groups[0]["params"][0].device
             facts = agreed(facts, self.ranks, device)
         if facts.reason is None and self.policy.spikes:
