@@ -44,7 +44,8 @@ def step(world: World, position: int, poison: Poison | None = None, way: str = "
 
     if way.startswith("closure"):
         for optimizer in world.optimizers:
-            optimizer.step(evaluate) if way == "closure" else optimizer.step(closure=evaluate)
+            loss = optimizer.step(evaluate) if way == "closure" else optimizer.step(closure=evaluate)
+            assert isinstance(loss, Tensor)
         return
     evaluate()
     if world.scaler is None:
@@ -128,6 +129,7 @@ def test_it_ends_where_a_loop_that_calls_the_guard_ends(precision: str, paramete
         other.step(position, poison)
     assert not differences(end(one), end(other))
     assert one.guard.state_dict() == other.guard.state_dict()
+    assert one.guard._snapshot._watching and not one.guard._snapshot._parameter_copies  # as cheap as it can be
     assert one.guard._until_state_check == other.guard._until_state_check
     assert one.guard._buffer_sizes == other.guard._buffer_sizes and one.guard._buffers.seen_data
 
@@ -160,6 +162,9 @@ def test_a_scaler_that_the_guard_was_not_given_still_steps_through_it() -> None:
     assert float(world.model.middle[0].num_batches_tracked) == 1  # type: ignore[index, arg-type, union-attr]
     step(world, 2)
     assert world.guard.stats.applied == 2
+    world.scaler = None
+    step(world, 3, Poison("gradient", NAN))  # a step without the scaler is no overflow
+    assert world.guard.stats.reasons == {"overflow": 1, "gradient": 1}
 
 
 def test_a_policy_that_only_measures_lets_the_scaler_skip_overflows() -> None:
@@ -170,13 +175,26 @@ def test_a_policy_that_only_measures_lets_the_scaler_skip_overflows() -> None:
         assert bool(torch.isfinite(world.model.first.weight).all()) == bool(reasons)
 
 
-def test_the_budget_ends_training_within_the_optimizers_step(caplog: pytest.LogCaptureFixture) -> None:
+class Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def test_the_budget_ends_training_within_the_optimizers_step() -> None:
     world = attached(Case(Poison("loss", NAN)), policy=Policy(max_rejected=1))
     step(world, 0)
     before = world.state()
-    with caplog.at_level(logging.WARNING):
-        step(world, 1, world.case.poison)
-    assert "step 1 was rejected for its loss: the loss is nan" in caplog.text
+    kept, logger = Kept(), logging.getLogger("stabletrain.guard.attached")
+    logger.addHandler(kept)
+    step(world, 1, world.case.poison)
+    logger.removeHandler(kept)
+    assert kept.messages == ["step 1 was rejected for its loss: the loss is nan"]
     with pytest.raises(UnstableTraining, match="2 of the last 3 steps"):
         step(world, 2, world.case.poison)
     assert not differences(before, {**world.state(), "gradients": before["gradients"]})
@@ -191,6 +209,8 @@ def make(*, optimizers: int = 1) -> tuple[nn.Module, list[torch.optim.Optimizer]
 
 def test_each_optimizer_steps_once_on_a_decision() -> None:
     model, (one, other), guard = make(optimizers=2)
+    with pytest.raises(ConfigurationError, match="no forward pass"):
+        one.step()
     model(torch.ones(2, 3)).sum().backward()
     one.step()
     assert guard.ledger.steps == 1 and guard.ledger.applied == 1
@@ -348,6 +368,53 @@ def test_a_step_that_calls_its_parents_is_one_step_and_counts_nothing_when_it_is
     assert group["steps"] == 2 and group["lr"] is rate and float(rate) == 0.25
     assert told == [position != bad for position in range(3)]
     assert (guard.stats.applied, guard.stats.rejected) == (2, 1)
+
+
+class Failing(torch.optim.SGD):
+    """Fails at its first step, as for want of memory."""
+
+    failed = False
+
+    def step(self, closure: Any = None) -> Any:
+        if not self.failed:
+            self.failed = True
+            raise MemoryError
+        return super().step(closure)
+
+
+class Outer(Failing):
+    """Calls its parent's step."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_step_that_failed_within_its_parents_is_forgotten() -> None:
+    Failing([torch.zeros(1)])  # from now on torch runs the hooks for the parent's step too
+    model = nn.Linear(3, 1)
+    optimizer = Outer(model.parameters(), lr=0.1)
+    told: list[bool] = []
+    StepGuard(model, optimizer).attach(after_step=lambda verdict: told.append(verdict.applied))
+    model(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    for value in (1.0, NAN):
+        model(torch.full((2, 3), value)).sum().backward()
+        optimizer.step()
+    assert told == [True, False]
+
+
+def test_a_decision_ends_the_step_of_every_guard_of_the_model() -> None:
+    model = nn.Linear(3, 1)
+    model.register_forward_pre_hook(lambda *_: None)  # somebody else's
+    one, other = (StepGuard(model, torch.optim.SGD([parameter], lr=0.1)) for parameter in model.parameters())
+    for _ in range(2):
+        loss = model(torch.ones(2, 3)).sum()
+        assert one.begun and other.begun
+        loss.backward()
+        one.step(loss)
+        assert not one.begun and not other.begun
+        model.zero_grad()
 
 
 def test_the_optimizer_keeps_the_guard_alive() -> None:

@@ -79,6 +79,8 @@ HARMLESS = {
     "Snapshot.__init__: self._versions: list[int] = []": DECLARED,
     "Snapshot.__init__: self._extra_copies: list[Any] = []": DECLARED,
     "Snapshot.__init__: self._random_states: list[Tensor] = []": DECLARED,
+    "Attachment.__init__: self._groups: list[dict[str, Any]] = []": "declares what `_prepare` fills",
+    "Attachment.__init__: self._nested = 0": "every decision sets it",
     "StepGuard.attempt: self._snapshot.note_moved_parameters()": "the rejected step that is run again has noted them",
     "stabletrain.guard.measure.bad_learning_rate: return None": "the last line, where Python returns None by itself",
     "stabletrain.guard.on_device._bad_buffers: if not found: return never": "the CPU needs no tensor on a device",
