@@ -55,7 +55,7 @@ TARGETS: list[tuple[Any, tuple[str, ...]]] = [
          "_unscale", "_judge"),
     ),
     (attached, ("_values", "_put_back")),
-    (hooks, ("end_step_of_others",)),
+    (step_guard, ("end_step_of_others",)),
     (hooks.BeforeForward, ("__call__",)),
     (hooks.AfterLoading, ("__call__",)),
     (hooks.Hook, ("__deepcopy__", "__reduce__")),
