@@ -6,7 +6,6 @@ import io
 import math
 import random
 import statistics
-import timeit
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -209,18 +208,6 @@ def test_both_excesses_are_described() -> None:
     assert both is not None and both.startswith("the gradient norm is 5, above 2.5") and "and the loss is 3" in both
 
 
-def test_a_step_costs_less_than_15_microseconds() -> None:
-    window, values = SpikeWindow(128), noise(5, 1000, 1.0)
-
-    def watch() -> None:
-        for value in values:
-            window.limits()
-            window.accept(loss=value, grad_norm=value)
-
-    best = min(timeit.repeat(watch, number=1, repeat=20)) / len(values)
-    assert best < 15e-6, f"{best * 1e6:.1f} microseconds"
-
-
 # The guard.
 
 
@@ -378,11 +365,19 @@ def first_alarm(losses: Sequence[float], **how: Any) -> int | None:
     return next((index for index, loss in enumerate(losses) if detector.observe(loss) is not None), None)
 
 
+def allowance(logarithms: list[float], updates: int) -> float:
+    """By how much their mean may be off: a root of their number, or two standard errors if that is less."""
+    count, unknown = len(logarithms), math.log(math.sqrt(updates / len(logarithms)))
+    if count < 3:
+        return unknown
+    return min(unknown, max(math.log(1.5), 2 * statistics.stdev(logarithms) / math.sqrt(count)))
+
+
 def expected_alarm(losses: Sequence[float], factor: float, updates: int) -> int | None:
     """Say when the detector speaks, by its definition."""
     logarithms = list(map(math.log, losses))
     averages = [math.fsum(logarithms[:count]) / count for count in range(1, updates + 1)]
-    levels = [average + math.log(math.sqrt(updates / count)) for count, average in enumerate(averages, start=1)]
+    levels = [average + allowance(logarithms[:count], updates) for count, average in enumerate(averages, start=1)]
     for logarithm in logarithms[updates:]:
         averages.append(averages[-1] + (logarithm - averages[-1]) / updates)
         levels.append(averages[-1])
@@ -424,6 +419,14 @@ def test_a_training_that_explodes_at_once_has_diverged() -> None:
     assert alarm is not None and 49 < alarm < 60
 
 
+def test_a_training_that_explodes_and_ends_at_chance_has_diverged() -> None:
+    """As digits do at 100 times the right rate: up to ten times the first loss, and back to that of a guess."""
+    rise = [2.4 * (1 + 12 * math.sin(math.pi * min(step, 110) / 110)) for step in range(400)]
+    losses = [loss * math.exp(jitter) for loss, jitter in zip(rise, map(math.log, noise(4, 400, 0.3)), strict=True)]
+    alarm = first_alarm(losses, factor=3.0, updates=50)
+    assert alarm is not None and alarm < 100
+
+
 def test_an_alarm_says_how_far_above_the_best() -> None:
     detector = Divergence(factor=3.0, updates=10)
     said = [detector.observe(loss) for loss in [0.5] * 20 + [8.0] * 100]
@@ -458,7 +461,7 @@ def test_such_a_loss_leaves_the_detector_as_it_is(loss: float) -> None:
     assert detector.observe(loss) is None and detector.state_dict() == before
 
 
-def test_the_detector_goes_on_from_its_state_and_can_be_reset() -> None:
+def test_the_detector_goes_on_from_its_state() -> None:
     losses = [*noise(9, 40, 0.2), *noise(10, 100, 0.2, 30.0)]
     whole = Divergence(updates=10)
     said = [whole.observe(loss) for loss in losses]
@@ -468,8 +471,6 @@ def test_the_detector_goes_on_from_its_state_and_can_be_reset() -> None:
             first.observe(loss)
         second.load_state_dict(first.state_dict())
         assert [second.observe(loss) for loss in losses[cut:]] == said[cut:]
-    whole.reset()
-    assert whole.state_dict() == Divergence().state_dict() and whole.observe(1e9) is None
 
 
 def refused(make: Callable[[], object], said: str) -> None:

@@ -196,9 +196,8 @@ class Tracker:
         Args:
             text: one line.
         """
-        self._try(self._console.clear)
-        logger.info("%s", text)
-        self._try(self._console.redraw)
+        if self._console.style != "none":
+            self._try(self._console.say, text)
         if self._events is not None:
             self._try(self._events.text, self._last_steps, "note", text)
 

@@ -53,6 +53,8 @@ def train(run: Run) -> Summary:
         try:
             if run.guard.policy.scan and run.progress.steps == 0:
                 scan(run)
+            if run.rollback is not None:
+                run.rollback.begin(run)
             while run.progress.epoch < run.epochs:
                 if run.progress.step == 0:
                     run.quarantine.begin_epoch()
@@ -152,7 +154,7 @@ def finish_step(run: Run, step: Step) -> bool:
             begun = run.guard.begun
             if begun:
                 run.guard.discard()
-            roll_back(run, UnstableTraining(f"{diverged}.", verdict), step)
+            roll_back(run, UnstableTraining(f"{diverged}.", verdict), step, blame_rate=True)
             return True
     return mended
 
@@ -189,9 +191,11 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
 
 def _climb(run: Run) -> None:
     """Enter the next stage of the ramp, if it is its turn."""
+    reached = run.ramp.reached
     line = run.ramp.enter(run.progress.epoch + 1)
     if line is not None:
-        run.tracker.note(line)
+        say = run.tracker.note if run.ramp.reached > reached else run.tracker.warning
+        say(line)
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
 

@@ -17,8 +17,6 @@ log = logging.getLogger(__name__)
 def save(run: Run, metrics: dict[str, float] | None = None) -> None:
     """Save everything that the rest of the run depends on."""
     assert run.checkpoint is not None
-    if run.rollback is not None:
-        run.rollback.keep(run, now=True)  # a run that continues from here has this state to return to
     run.checkpoint.save(_state(run), updates=run.progress.updates, metrics=metrics)
 
 
@@ -30,7 +28,7 @@ def _state(run: Run) -> dict[str, Any]:
         "totals": run.totals.state_dict(),
         "quarantine": run.quarantine.state_dict(),
         "ramp": run.ramp.state_dict(),
-        "rollback": run.rollback.state_dict() if run.rollback is not None else {},
+        "rollback": run.rollback.state_dict(run.progress.updates) if run.rollback is not None else {},
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
         "metrics": run.metrics,
@@ -64,8 +62,7 @@ def resume(run: Run) -> None:
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
     if run.rollback is not None and state["rollback"]:
-        run.rollback.load_state_dict(state["rollback"])
-        run.rollback.keep(run)
+        run.rollback.load_state_dict(state["rollback"], run)
     if run.incidents is not None and state["incidents"]:
         run.incidents.load_state_dict(state["incidents"])
     run.fault.load_state_dict(state["fault"])
