@@ -15,7 +15,7 @@ from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals
 from stabletrain.trainer.evaluation import measure_test
 from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
-from stabletrain.trainer.record import located, record, summarise
+from stabletrain.trainer.record import located, record, say_quarantine, summarise
 from stabletrain.trainer.resume import resume, save
 from stabletrain.trainer.run import Run, Status, Step, Summary
 from stabletrain.trainer.step import forward_backward
@@ -63,9 +63,11 @@ def train(run: Run) -> Summary:
             measure_test(run)
         except Exception as error:
             summary = summarise(run, _status_of(error), start, samples_before, str(error))
+            say_quarantine(run)
             run.tracker.finish(asdict(summary))
             raise
         summary = summarise(run, "completed", start, samples_before)
+        say_quarantine(run)
         run.tracker.finish(asdict(summary))
         return summary
 

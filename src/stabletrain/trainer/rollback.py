@@ -160,7 +160,8 @@ class Rollback:
         run.ramp.disturb()
         self.count += 1
         run.tracker.warning(
-            f"rolled back to update {kept['updates']} (rollback {self.count} of {self.policy.max_rollbacks}): {why} "
+            f"rolled back to update {kept['updates']} (rollback {self.count} of {self.policy.max_rollbacks}): "
+            f"{why.message} "
             f"The learning rate is now at {self._level:.3g} of its plan."
         )
 
