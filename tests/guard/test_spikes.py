@@ -381,10 +381,18 @@ def expected_alarm(losses: Sequence[float], factor: float, updates: int) -> int 
     for logarithm in logarithms[updates:]:
         averages.append(averages[-1] + (logarithm - averages[-1]) / updates)
         levels.append(averages[-1])
-    above = 0
+    above = lost = 0
+    goal = math.inf
     for index, average in enumerate(averages):
-        above = above + 1 if average > min(levels[: index + 1]) + math.log(factor) else 0
-        if above == updates:
+        best = min(levels[: index + 1])
+        above = above + 1 if average > best + math.log(factor) else 0
+        if index < 3 or best < averages[2] - math.log(2):
+            lost = 0
+        elif lost:
+            lost = lost + 1 if average > goal else 0
+        elif average > best + math.log(factor):
+            lost, goal = 1, min(best, averages[2]) + math.log(0.9)
+        if above == updates or lost == 2 * updates:
             return index
     return None
 
@@ -425,6 +433,59 @@ def test_a_training_that_explodes_and_ends_at_chance_has_diverged() -> None:
     losses = [loss * math.exp(jitter) for loss, jitter in zip(rise, map(math.log, noise(4, 400, 0.3)), strict=True)]
     alarm = first_alarm(losses, factor=3.0, updates=50)
     assert alarm is not None and alarm < 100
+
+
+def collapsed(height: float) -> list[float]:
+    """Thrown off for 24 updates, and then at the loss of a guess for ever."""
+    return [*[2.0] * 20, *[height] * 24, *[2.3] * 300]
+
+
+def detector_after(losses: Sequence[float], wary: bool) -> tuple[Divergence, list[str | None]]:
+    detector = Divergence(factor=3.0, updates=20)
+    detector.wary = wary
+    return detector, [detector.observe(loss) for loss in losses]
+
+
+@pytest.mark.parametrize(("height", "wary"), [(14.0, False), (6.0, True)])
+def test_a_training_that_falls_back_to_a_guess_has_diverged(height: float, wary: bool) -> None:
+    """Not for long enough to be seen as above its best, but it had learned next to nothing, and never does."""
+    losses = collapsed(height)
+    _, said = detector_after(losses, wary)
+    first = next(index for index, words in enumerate(said) if words is not None)
+    rise = next(n for n in range(len(losses)) if not detector_after(losses[: n + 1], wary)[0].at_ease)
+    assert (first, 25 < rise < 44) == (rise + 39, True)
+    words = said[first]
+    assert words is not None and "hasn't come down to 1.8, below its best, for 40 updates; it is at 2." in words
+
+
+@pytest.mark.parametrize("wary", [False, True])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [*[2.0] * 20, *[14.0] * 24, *[0.5] * 300],  # better than ever afterwards
+        [*[2.0] * 20, *[0.5] * 60, *[2.3] * 7, *[0.6] * 300],  # it had learned much
+        [*[2.0] * 20, *[3.0] * 300],  # by less than the root of the factor
+        [*[2.0] * 2, *[3.6] * 300],  # that is its first level
+    ],
+)
+def test_others_are_left_alone(losses: list[float], wary: bool) -> None:
+    detector, said = detector_after(losses, wary)
+    assert set(said) == {None}
+    assert detector.at_ease
+
+
+def test_the_count_goes_on_from_its_state() -> None:
+    for cut in (2, 3, 30, 60):
+        first, second = Divergence(updates=20), Divergence(updates=20)
+        first.wary = cut > 3
+        for loss in collapsed(14.0)[:cut]:
+            first.observe(loss)
+        for _ in range(50):
+            second.observe(30.0)
+        second.load_state_dict(first.state_dict())
+        for loss in collapsed(14.0)[cut:]:
+            assert first.observe(loss) == second.observe(loss)
+        assert first.state_dict() == second.state_dict()
 
 
 def test_an_alarm_says_how_far_above_the_best() -> None:

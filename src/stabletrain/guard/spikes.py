@@ -17,7 +17,7 @@ FLOOR = 10.0  # for gradient norms: one in 30,000 healthy steps goes further bey
 LOSS_FLOOR = 5.0  # for losses: healthy ones stay below 3 times their peak
 LEAST_ALLOWANCE = math.log(1.5)  # for the error of the mean of a run's first losses
 FIRST_LOSSES = 3  # of a run, which are those of the weights that it begins with
-LEARNED = 0.9  # times the first losses: what is below has learned something
+BETTER = 0.9  # times the best level: what a training that was thrown off must reach
 LARGEST_LOGARITHM = 709.0  # its exponential is still a float
 
 
@@ -184,9 +184,11 @@ class Divergence:
 
     The loss is averaged exponentially on the log scale, over about `updates` applied steps, so that one step counts
     little and a factor means the same at every level. When the average has been above its own best by `factor` for
-    `updates` applied steps in a row, the training has diverged. It has, too, when it rose to twice its first losses and
-    was never below them in 2 * `updates` steps since: what was thrown off at the start often ends with the loss of a
-    guess. Losses that are zero, negative or not finite are left out: there is no such factor for them.
+    `updates` applied steps in a row, the training has diverged. What is thrown off before it has learned much often
+    ends with the loss of a guess, which isn't far above. So as long as the average was never below half of the first
+    losses, it must not exceed its best by `factor` even for a moment, unless it is better than ever within
+    2 * `updates` steps; by the root of `factor` where a detector is `wary`. Losses that are zero, negative or not
+    finite are left out: there is no such factor for them.
 
     Args:
         factor: by how much the average loss may exceed its best.
@@ -211,15 +213,15 @@ class Divergence:
             raise ConfigurationError(f"guard.diverged_updates is {updates}; it must be at least 1.")
         self.factor = factor
         self.updates = updates
+        self.wary = False  # whether there was trouble before, so that less is needed to speak of it again
         self._seen = 0  # losses that entered the average
         self._average = 0.0  # of the logarithms, weighted towards the latest
         self._square = 0.0  # of their squares, likewise
         self._best = math.inf  # the lowest average so far
         self._above = 0  # updates in a row that were above the best by the factor
         self._first = math.nan  # mean of the first logarithms
-        self._rise = math.inf  # above it, the average has risen to twice the first losses
-        self._lost = 0  # updates since the average rose to twice the first losses; 0 once it was below them
-        self._learned = False  # whether it ever was
+        self._lost = 0  # updates since the average rose before much was learned; 0 once it has reached the goal
+        self._goal = -math.inf  # a little below the best at that time
 
     @property
     def at_ease(self) -> bool:
@@ -247,27 +249,28 @@ class Divergence:
         self._square += (math.log(loss) ** 2 - self._square) / count
         self._best = min(self._best, self._average + self._allowance(count))
         self._above = self._above + 1 if self._average > self._best + math.log(self.factor) else 0
-        lost = self._is_lost(count)
+        lost = self._is_lost()
         if self._above >= self.updates:
             said = (
                 f"has been above {self.factor:g} times its best level of {math.exp(self._best):.4g} for {self._above}"
             )
         elif lost:
-            said = f"rose to twice its first level of {math.exp(self._first):.4g} and wasn't below it for {self._lost}"
+            goal = math.exp(self._goal)
+            said = f"rose before it had halved, and hasn't come down to {goal:.4g}, below its best, for {self._lost}"
         else:
             return None
         return f"the loss {said} updates; it is at {math.exp(self._average):.4g}"
 
-    def _is_lost(self, count: int) -> bool:
-        """Note whether the training was thrown off before it learned anything; return whether that has lasted."""
+    def _is_lost(self) -> bool:
+        """Note whether training was thrown off before it had learned much; return whether that has lasted."""
         if self._seen == FIRST_LOSSES:
             self._first = self._average
-            self._rise = self._average + self._allowance(count) + math.log(2)
-        if self._seen <= FIRST_LOSSES or self._learned:
-            return False
-        self._learned = self._average < self._first + math.log(LEARNED)
-        rising = self._lost > 0 or self._average > self._rise
-        self._lost = self._lost + 1 if rising and not self._learned else 0
+        if self._seen <= FIRST_LOSSES or self._best < self._first - math.log(2):
+            self._lost = 0
+        elif self._lost > 0:
+            self._lost = self._lost + 1 if self._average > self._goal else 0
+        elif self._average > self._best + math.log(self.factor) * (0.5 if self.wary else 1.0):
+            self._lost, self._goal = 1, min(self._first, self._best) + math.log(BETTER)
         return self._lost >= 2 * self.updates
 
     def _allowance(self, count: int) -> float:
@@ -291,9 +294,9 @@ class Divergence:
             "best": self._best,
             "above": self._above,
             "first": self._first,
-            "rise": self._rise,
             "lost": self._lost,
-            "learned": self._learned,
+            "goal": self._goal,
+            "wary": self.wary,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -301,5 +304,5 @@ class Divergence:
         self._seen, self._above = int(state["seen"]), int(state["above"])
         self._average, self._square = float(state["average"]), float(state["square"])
         self._best = float(state["best"])
-        self._first, self._rise = float(state["first"]), float(state["rise"])
-        self._lost, self._learned = int(state["lost"]), bool(state["learned"])
+        self._first, self._goal, self._lost = float(state["first"]), float(state["goal"]), int(state["lost"])
+        self.wary = bool(state["wary"])

@@ -157,6 +157,7 @@ class Rollback:
         run.guard.ledger.forgive()
         run.guard.spikes.load_state_dict(kept["spikes"])
         self._divergence.load_state_dict(kept["divergence"])
+        self._divergence.wary = self._ceiling < 1.0
         run.ramp.disturb()
         self.count += 1
         run.tracker.warning(
