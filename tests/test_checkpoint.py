@@ -309,12 +309,12 @@ def test_every_damage_is_found(tmp_path: Path, name: str, damage: str) -> None:
         assert damaged.found == copy / "checkpoints" / "step_000000001"
 
 
-@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+@pytest.mark.parametrize("name", ["state.pt", "rollback.pt", "manifest.json"])
 def test_missing_file_is_found(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A folder that lost a file is bad, and said to be."""
     store = CheckpointStore(tmp_path)
     saved(store, simple(1.0), updates=1)
-    saved(store, simple(2.0), updates=2)
+    saved(store, simple(2.0), updates=2, further={"rollback.pt": simple(1.0)})
     (store.folder / "step_000000002" / name).unlink()
     assert weight(store.latest()) == 1.0
     assert f"step_000000002: {name} is missing" in caplog.text
@@ -519,34 +519,35 @@ class Payload:
 
 @pytest.mark.parametrize("how", ["torch", "pickle", "legacy"])
 @pytest.mark.parametrize("alone", [False, True])
-def test_planted_code_does_not_run(tmp_path: Path, how: str, alone: bool) -> None:
+@pytest.mark.parametrize("name", ["state.pt", "rollback.pt"])
+def test_planted_code_does_not_run(tmp_path: Path, how: str, alone: bool, name: str) -> None:
     """Even with a manifest that vouches for it, the file is refused by name."""
     marker = tmp_path / "ran"
     store = CheckpointStore(tmp_path)
     if not alone:
         saved(store, simple(1.0), updates=1)
-    saved(store, simple(2.0), updates=2)
+    saved(store, simple(2.0), updates=2, further={"rollback.pt": simple(1.0)})
     path = store.folder / "step_000000002"
     state = {"model": {"weight": torch.ones(2)}, "extra": Payload(marker)}
     if how == "pickle":
-        (path / "state.pt").write_bytes(pickle.dumps(state, protocol=2))
+        (path / name).write_bytes(pickle.dumps(state, protocol=2))
     else:
-        torch.save(state, path / "state.pt", _use_new_zipfile_serialization=how == "torch")
-    data = (path / "state.pt").read_bytes()
+        torch.save(state, path / name, _use_new_zipfile_serialization=how == "torch")
+    data = (path / name).read_bytes()
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"]["state.pt"] = {"size": len(data), "sha256": [hashlib.sha256(data).hexdigest()]}
+    manifest["files"][name] = {"size": len(data), "sha256": [hashlib.sha256(data).hexdigest()]}
     (path / "manifest.json").write_text(manifest_text(manifest))
     if alone:
-        with pytest.raises(ConfigurationError, match=r"state\.pt"):
+        with pytest.raises(ConfigurationError, match=name):
             store.latest()
     else:
         assert weight(store.latest()) == 1.0
-    assert "state.pt" in store.notes[0]
+    assert f"{name} holds more than tensors" in store.notes[0]
     assert not marker.exists()
     assert names(store)[-1] == "step_000000002.corrupt"
     # The same file, loaded carelessly, does run: the test would see it.
-    with (store.folder / "step_000000002.corrupt" / "state.pt").open("rb") as file:
+    with (store.folder / "step_000000002.corrupt" / name).open("rb") as file:
         if how == "pickle":
             pickle.load(file)
         else:

@@ -29,8 +29,10 @@ from stabletrain.checkpoint.retention import Retention
 from stabletrain.checkpoint.staging import Staging
 from stabletrain.data import ArrayDataset, Splits
 from stabletrain.errors import ConfigurationError
+from stabletrain.fault import DiskFull
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
+from trees import differences
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
 
@@ -263,6 +265,28 @@ def test_the_summary_tells_what_was_saved_and_what_not(tmp_path: Path, caplog: p
     said = json.loads((tmp_path / "summary.json").read_text())["checkpoints"]
     assert (said["saved"], said["failed"], said["refused"]) == (0, 3, 0) and "not written" in said["problem"]
     assert sum("not written" in record.getMessage() for record in caplog.records) == 3
+
+
+@pytest.mark.parametrize("how", ["full", "vanished"])
+def test_trouble_with_the_disk_costs_checkpoints_and_nothing_else(tmp_path: Path, how: str) -> None:
+    """The run goes on to the same weights, and saves again as soon as it can."""
+    cadence = partial(CheckpointStore, every_updates=2)
+    calm = run(tmp_path / "calm", checkpoint=cadence)
+    train(calm)
+    one = run(tmp_path / how, checkpoint=cadence, fault=DiskFull(at=6, times=8) if how == "full" else None)
+    note = one.tracker.step
+
+    def step(record: Any) -> None:
+        note(record)
+        if how == "vanished" and record["steps"] == 8:
+            os.rename(tmp_path / how / "checkpoints", tmp_path / "elsewhere")
+
+    one.tracker.step = step  # type: ignore[method-assign]
+    summary = train(one)
+    assert summary.status == "completed"
+    assert summary.checkpoints["failed"] >= (how == "full") and summary.checkpoints["saved"] >= 6
+    assert one.checkpoint is not None and calm.checkpoint is not None
+    assert not differences(one.checkpoint.latest()["model"], calm.checkpoint.latest()["model"])  # type: ignore[index]
 
 
 def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:

@@ -249,7 +249,10 @@ def _message(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Interrupted):
         return str(error), INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted before anything was saved", FAILED
+        return (
+            "interrupted at once, without saving; the same command continues from the last checkpoint, if there is one",
+            FAILED,
+        )
     if isinstance(error, OSError) and error.errno in _DISK and _users_line(error) is None:
         return (
             f"can't write {error.filename or 'to disk'}: {error.strerror}. Give room or another folder.",

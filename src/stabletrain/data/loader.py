@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice, tee
 from typing import Any
@@ -13,6 +16,7 @@ from stabletrain.data.arrays import ArrayDataset, Microbatch
 from stabletrain.data.splits import check_map_style
 from stabletrain.errors import ConfigurationError
 from stabletrain.randomness import key, keyed_all
+from stabletrain.signals import ASKED
 from stabletrain.tree import map_tensors, tensors, to_device
 
 Collate = Callable[[list[Any]], Any]
@@ -107,10 +111,27 @@ class _Reader:
             num_workers=self.workers,
             collate_fn=self.collate,
             generator=generator,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=self.device.type == "cuda",
         )
         for indices, data in zip(known, loader, strict=True):
             yield Microbatch(to_device(data, self.device), indices)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a worker process outlive what asks the run to save and end, where a signal goes to the whole process group.
+
+    The trainer, which needs its workers for that long, ends them by SIGTERM; that one is obeyed.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
+
+    def obey_the_trainer() -> None:
+        while signal.sigwaitinfo(ASKED).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_the_trainer, daemon=True).start()
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
