@@ -16,8 +16,8 @@ PACKAGE = SOURCE / "stabletrain"
 
 # From the bottom up. A module (or package) imports from lines above its own only, and from itself.
 LAYERS = (
-    {"errors", "finite", "plain", "randomness", "signals", "state", "tree"},
-    {"folder"},
+    {"errors", "plain", "randomness", "signals", "state", "tree"},
+    {"collectives", "finite", "folder"},
     {"sealed"},
     {
         "augmentation",
@@ -34,6 +34,7 @@ LAYERS = (
         "parallel",
         "precision",
         "quarantine",
+        "ramp",
         "schedule",
         "task",
         "tracking",

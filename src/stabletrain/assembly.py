@@ -6,7 +6,7 @@ Without Hydra, so that a notebook builds the same run as the command line does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from stabletrain.loss import CrossEntropy
 from stabletrain.optimizer import adamw, hyperparameters
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
+from stabletrain.ramp import Ramp, Stage
 from stabletrain.schedule import Schedule, warmup_cosine
 from stabletrain.task import Classification, Task
 from stabletrain.tracking import Tracker
@@ -48,6 +49,7 @@ def assemble(
     task: Task | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(adamw, lr=1e-4),
     schedule: Callable[..., Schedule] = partial(warmup_cosine, warmup_epochs=0.0),
+    ramp: Sequence[Stage | Mapping[str, Any]] = (),
     precision: Callable[..., Precision] = Precision,
     clipping: Clipping = Norm(1.0),  # noqa: B008 (frozen)
     augmentation: Callable[[Any], Any] = Unchanged(),  # noqa: B008 (without state)
@@ -62,6 +64,7 @@ def assemble(
     init_strict: bool = True,
     device: str = "auto",
     workers: int = 0,
+    validate_from: int = 0,
     settings: dict[str, Any] | None = None,
     overrides: Sequence[str] = (),
 ) -> Run:
@@ -77,6 +80,7 @@ def assemble(
         task: how a microbatch becomes a loss; None: classification with cross entropy.
         optimizer: makes the optimizer from the parameters.
         schedule: makes the schedule from `total_updates` and `updates_per_epoch`.
+        ramp: stages of larger batches and higher rates, entered once training is stable.
         precision: makes the precision from `device`.
         clipping: what limits the gradients.
         augmentation: what is done to a microbatch before the forward pass.
@@ -92,6 +96,7 @@ def assemble(
         init_strict: whether they must fit in every name and shape; otherwise what fits is taken.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         workers: processes that read samples; 0: this one. Data in memory needs none.
+        validate_from: updates before which nothing is validated.
         settings: the resolved config, from which the model can be built again and with which a resumed run is compared.
         overrides: what was given on the command line, for the record.
 
@@ -110,7 +115,15 @@ def assemble(
     )
     chosen_precision = precision(device=place)
     chosen_optimizer = optimizer(model.parameters())
-    chosen_schedule = schedule(total_updates=epochs * loader.steps_per_epoch, updates_per_epoch=loader.steps_per_epoch)
+    chosen_ramp = Ramp(ramp)
+    chosen_ramp.check(epochs, len(splits.train))
+    total_steps = chosen_ramp.planned(epochs, lambda size: loader.steps_with(size or batch_size))
+    if not 0 <= validate_from < total_steps:
+        raise ConfigurationError(
+            f"validate_from is {validate_from}, but the run has {total_steps} updates: choose a number of updates from "
+            f"0 (always validate) to {total_steps - 1}."
+        )
+    chosen_schedule = schedule(total_updates=total_steps, updates_per_epoch=loader.steps_per_epoch)
     average = ema(model) if ema is not None else None
     step_guard = StepGuard(
         model,
@@ -126,7 +139,7 @@ def assemble(
         *chosen_fault.check(
             Surroundings(
                 model=model,
-                total_steps=epochs * loader.steps_per_epoch,
+                total_steps=total_steps,
                 batch_size=batch_size,
                 loss_scale=chosen_precision.scaler is not None,
                 folder=Path(folder) if folder is not None else None,
@@ -153,6 +166,7 @@ def assemble(
         validation=_ordered(splits.validation, batch_size, workers, place),
         test=_ordered(splits.test, batch_size, workers, place),
         schedule=chosen_schedule,
+        ramp=chosen_ramp,
         precision=chosen_precision,
         augmentation=augmentation,
         guard=step_guard,
@@ -160,6 +174,8 @@ def assemble(
         checkpoint=store,
         tracker=tracking(run_folder.path if run_folder is not None else None),
         epochs=epochs,
+        total_steps=total_steps,
+        validate_from=validate_from,
         seed=seed,
         device=place,
         fault=chosen_fault,
@@ -172,6 +188,7 @@ def assemble(
             "seed": seed,
             "batch_size": batch_size,
             "accumulate": accumulate,
+            "ramp": chosen_ramp.description(),
             "data": fingerprint,
             "optimizer class": f"{type(chosen_optimizer).__module__}.{type(chosen_optimizer).__qualname__}",
         },

@@ -33,6 +33,7 @@ RUN_TIME: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # group: (position
 }
 ROOT_ARGUMENTS = (
     *("epochs", "batch_size", "accumulate", "seed", "device", "workers", "resume", "init_from", "init_strict"),
+    "validate_from",
 )
 
 
@@ -59,7 +60,12 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
     with keyed_all(key(seed, "data")):
         splits = _splits(_part("data", config), seed)
     config = with_facts(config, splits)
-    parts = {group: _part(group, config) for group in ("loss", "augmentation", "guard", "clipping", "fault", *RUN_TIME)}
+    schedule = {**config["schedule"]}
+    ramp = schedule.pop("ramp", None) or ()  # the trainer's, whatever the schedule
+    options = {**config, "schedule": schedule}
+    parts = {
+        group: _part(group, options) for group in ("loss", "augmentation", "guard", "clipping", "fault", *RUN_TIME)
+    }
     model = build_model(config)
     loss, make_task = parts.pop("loss"), parts.pop("task")
     with _named("loss", config):
@@ -69,6 +75,7 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
         splits,
         task=make_task(loss),
         **parts,
+        ramp=ramp,
         **{name: config[name] for name in ROOT_ARGUMENTS},
         folder=Path(folder),
         settings=config,

@@ -66,6 +66,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "device": (_is_device, "auto, cpu, cuda or cuda:<number>"),
     "threads": _or_null(_whole(1)),
     "workers": _whole(0),
+    "validate_from": _whole(0),
     "log_every": _whole(1),
     "debug": (lambda value: isinstance(value, bool), "true or false"),
     "optimizer.lr": _number(0),

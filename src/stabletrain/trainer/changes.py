@@ -12,6 +12,8 @@ STRUCTURAL = {
     "data": "the position in the epoch counts these samples",
     "seed": "it decides the order of the samples and every random draw",
     "batch_size": "the position in the epoch counts steps of this size",
+    "ramp": "it decides how many samples a step has",
+    "schedule.ramp": "it decides how many samples a step has",
     "optimizer class": "the optimizer's state is this optimizer's",
 }
 # Refused besides, where the model normalises over a batch.

@@ -50,6 +50,7 @@ def _state(run: Run) -> dict[str, Any]:
         "progress": run.progress.state_dict(),
         "totals": run.totals.state_dict(),
         "quarantine": run.quarantine.state_dict(),
+        "ramp": run.ramp.state_dict(),
         "rollback": run.rollback.state_dict() if run.rollback is not None else {},
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
@@ -87,6 +88,9 @@ def resume(run: Run) -> None:
     run.progress.load_state_dict(state["progress"])
     run.totals.load_state_dict(state["totals"])
     run.quarantine.load_state_dict(state["quarantine"])
+    run.ramp.load_state_dict(state["ramp"])
+    if run.ramp.batch_size is not None:
+        run.loader.resize(run.ramp.batch_size)
     if run.rollback is not None and state["rollback"]:
         kept = _kept(run, state, store.further.get(ROLLBACK_NAME))
         run.rollback.load_state_dict(state["rollback"], kept)

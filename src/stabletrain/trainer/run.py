@@ -19,6 +19,7 @@ from stabletrain.guard import StepGuard, Verdict
 from stabletrain.incident import IncidentStore
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
+from stabletrain.ramp import Ramp
 from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals, Progress
 from stabletrain.task import Task
@@ -48,8 +49,11 @@ class Run:
     checkpoint: CheckpointStore | None
     tracker: Tracker
     epochs: int
+    total_steps: int  # planned
     seed: int
     device: torch.device
+    ramp: Ramp = field(default_factory=Ramp)
+    validate_from: int = 0  # updates before which nothing is validated
     fault: Fault = field(default_factory=NoFault)
     quarantine: Quarantine = field(default_factory=Quarantine)
     incidents: IncidentStore | None = None
