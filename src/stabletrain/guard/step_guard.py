@@ -153,7 +153,7 @@ class StepGuard:
         self._check_begun()
         assert not (alone and commit), "what is applied is decided by all ranks"
         self._snapshot.note_moved_parameters()
-        facts = self._judge_here(loss) if alone else self._judge(loss)
+        facts = self._judge(loss, alone=alone)
         if facts.reason is None and commit:
             self._commit(facts)
         else:
@@ -253,12 +253,12 @@ class StepGuard:
                 "undone. Call the model itself, not one of its methods, or call guard.begin() before the forward."
             )
 
-    def _judge(self, loss: Tensor | Sequence[Tensor]) -> Facts:
-        """Decide with all ranks; what they have in common, recent history, is looked at last."""
+    def _judge(self, loss: Tensor | Sequence[Tensor], *, alone: bool = False) -> Facts:
+        """Decide, with all ranks unless `alone`; what they have in common, recent history, is looked at last."""
         facts = self._judge_here(loss)
         if self.policy.on_rejection == "none":
             return facts
-        if self.ranks.together:
+        if self.ranks.together and not alone:
             first = loss if isinstance(loss, Tensor) else loss[0]
             facts = agreed(facts, self.ranks, first.device)
         if facts.reason is None and self.policy.spikes:
