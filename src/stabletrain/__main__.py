@@ -1,4 +1,4 @@
-"""The door: `python -m stabletrain [train] [key=value ...]`; picks the command, composes, maps exit codes."""
+"""The door: `python -m stabletrain [train|export] [key=value ...]`; picks the command, composes, maps exit codes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,24 @@ def train(arguments: Sequence[str], debug: bool = False) -> int:
     return codes[0] if len(codes) > 0 else COMPLETED  # no job at all: --help, --cfg, --info
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], bool], int]] = {"train": train}  # the first one is the default
+def export(arguments: Sequence[str], debug: bool = False) -> int:
+    """Write a run's weights for others to read; see `stabletrain.export.export`."""
+    words = [word for word in arguments if not word.startswith("debug=")]
+    given = configs.named_words("export", words, needed=["run"], allowed=["checkpoint", "to"])
+    from stabletrain.export import export as write
+
+    try:
+        print(write(**given))
+    except Exception as error:
+        return _report(error, debug)
+    return COMPLETED
+
+
+# The first one is the default.
+COMMANDS: dict[str, Callable[[Sequence[str], bool], int]] = {
+    "train": train,
+    "export": export,
+}  # the first one is the default
 
 
 # ------------------------------------------------------------------------------------------------------------ jobs

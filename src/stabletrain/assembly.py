@@ -6,7 +6,7 @@ Without Hydra, so that a notebook builds the same run as the command line does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stabletrain.augmentation import Unchanged
-from stabletrain.checkpoint import CheckpointStore, nonfinite_names
+from stabletrain.checkpoint import CheckpointStore, has_checkpoints, nonfinite_names
 from stabletrain.clipping import Clipping, NoClipping, Norm
 from stabletrain.data import Loader, OrderedLoader, Splits
 from stabletrain.ema import ExponentialMovingAverage
@@ -26,14 +26,16 @@ from stabletrain.folder import RunFolder, yaml_text
 from stabletrain.guard import Policy, StepGuard
 from stabletrain.incident import IncidentStore
 from stabletrain.loss import CrossEntropy
-from stabletrain.optimizer import adamw
+from stabletrain.optimizer import adamw, hyperparameters
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
+from stabletrain.ramp import Ramp, Stage
 from stabletrain.schedule import Schedule, warmup_cosine
 from stabletrain.task import Classification, Task
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, Summary, train
 from stabletrain.trainer.rollback import Rollback
+from stabletrain.weights import put_weights, read_weights
 
 
 def assemble(
@@ -47,6 +49,7 @@ def assemble(
     task: Task | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(adamw, lr=1e-4),
     schedule: Callable[..., Schedule] = partial(warmup_cosine, warmup_epochs=0.0),
+    ramp: Sequence[Stage | Mapping[str, Any]] = (),
     precision: Callable[..., Precision] = Precision,
     clipping: Clipping = Norm(1.0),  # noqa: B008 (frozen)
     augmentation: Callable[[Any], Any] = Unchanged(),  # noqa: B008 (without state)
@@ -57,8 +60,11 @@ def assemble(
     tracking: Callable[[Path | None], Tracker] = Tracker,
     folder: Path | str | None = None,
     resume: str = "auto",
+    init_from: Path | str | None = None,
+    init_strict: bool = True,
     device: str = "auto",
     workers: int = 0,
+    validate_from: int = 0,
     settings: dict[str, Any] | None = None,
     overrides: Sequence[str] = (),
 ) -> Run:
@@ -74,6 +80,7 @@ def assemble(
         task: how a microbatch becomes a loss; None: classification with cross entropy.
         optimizer: makes the optimizer from the parameters.
         schedule: makes the schedule from `total_updates` and `updates_per_epoch`.
+        ramp: stages of larger batches and higher rates, entered once training is stable.
         precision: makes the precision from `device`.
         clipping: what limits the gradients.
         augmentation: what is done to a microbatch before the forward pass.
@@ -84,9 +91,13 @@ def assemble(
         tracking: makes the tracker from the run's folder.
         folder: where the run leaves its files; None: it leaves none.
         resume: `auto`, `never` (what the folder holds is set aside), `must`, or the path of a checkpoint.
+        init_from: weights to begin with: a checkpoint's, a run's or an exported folder, or a `.safetensors` file. A run
+            that goes on from a checkpoint of its own doesn't read it.
+        init_strict: whether they must fit in every name and shape; otherwise what fits is taken.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         workers: processes that read samples; 0: this one. Data in memory needs none.
-        settings: the resolved config, for the record.
+        validate_from: updates before which nothing is validated.
+        settings: the resolved config, from which the model can be built again and with which a resumed run is compared.
         overrides: what was given on the command line, for the record.
 
     Returns:
@@ -98,12 +109,21 @@ def assemble(
     _check_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     place = find_device(device)
     model = model.to(place)
+    started_from = _initialise(model, init_from, init_strict, folder, resume)
     loader = Loader(
         splits.train, batch_size=batch_size, accumulate=accumulate, seed=seed, workers=workers, device=place
     )
     chosen_precision = precision(device=place)
     chosen_optimizer = optimizer(model.parameters())
-    chosen_schedule = schedule(total_updates=epochs * loader.steps_per_epoch, updates_per_epoch=loader.steps_per_epoch)
+    chosen_ramp = Ramp(ramp)
+    chosen_ramp.check(epochs, len(splits.train))
+    total_steps = chosen_ramp.planned(epochs, lambda size: loader.steps_with(size or batch_size))
+    if not 0 <= validate_from < total_steps:
+        raise ConfigurationError(
+            f"validate_from is {validate_from}, but the run has {total_steps} updates: choose a number of updates from "
+            f"0 (always validate) to {total_steps - 1}."
+        )
+    chosen_schedule = schedule(total_updates=total_steps, updates_per_epoch=loader.steps_per_epoch)
     average = ema(model) if ema is not None else None
     step_guard = StepGuard(
         model,
@@ -115,10 +135,11 @@ def assemble(
     chosen_fault = fault or NoFault()
     notes = [
         *splits.notes,
+        *started_from,
         *chosen_fault.check(
             Surroundings(
                 model=model,
-                total_steps=epochs * loader.steps_per_epoch,
+                total_steps=total_steps,
                 batch_size=batch_size,
                 loss_scale=chosen_precision.scaler is not None,
                 folder=Path(folder) if folder is not None else None,
@@ -145,6 +166,7 @@ def assemble(
         validation=_ordered(splits.validation, batch_size, workers, place),
         test=_ordered(splits.test, batch_size, workers, place),
         schedule=chosen_schedule,
+        ramp=chosen_ramp,
         precision=chosen_precision,
         augmentation=augmentation,
         guard=step_guard,
@@ -152,6 +174,8 @@ def assemble(
         checkpoint=store,
         tracker=tracking(run_folder.path if run_folder is not None else None),
         epochs=epochs,
+        total_steps=total_steps,
+        validate_from=validate_from,
         seed=seed,
         device=place,
         fault=chosen_fault,
@@ -160,8 +184,16 @@ def assemble(
         rollback=Rollback(guard) if guard.on_rejection == "rollback" else None,
         folder=run_folder,
         resume=resume,
-        identity={"seed": seed, "batch_size": batch_size, "accumulate": accumulate, "data": fingerprint},
+        identity={
+            "seed": seed,
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "ramp": chosen_ramp.description(),
+            "data": fingerprint,
+            "optimizer class": f"{type(chosen_optimizer).__module__}.{type(chosen_optimizer).__qualname__}",
+        },
         notes=notes,
+        hyperparameters=hyperparameters(chosen_optimizer),
         settings=settings or {},
         overrides=list(overrides),
     )
@@ -217,6 +249,21 @@ def find_device(name: str) -> torch.device:
             "cuda or cuda:<number> where there is a GPU."
         ) from error
     return device
+
+
+def _initialise(
+    model: nn.Module, source: Path | str | None, strict: bool, folder: Path | str | None, resume: str
+) -> list[str]:
+    """Put the weights of `source` into the model, unless the run goes on from a checkpoint; say what was done."""
+    if source is None:
+        return []
+    if resume not in ("auto", "never") or (resume == "auto" and folder is not None and has_checkpoints(folder)):
+        return [f"init_from={source} isn't read, because the run goes on from a checkpoint of its own"]
+    hint = "Take what fits with init_strict=false, or use the model that these weights are of." if strict else ""
+    try:
+        return [f"init_from: {put_weights(model, read_weights(source), strict=strict, hint=hint)}"]
+    except ConfigurationError as error:
+        raise ConfigurationError(f"init_from={source}: {error}") from error
 
 
 def _sha256(settings: dict[str, Any]) -> str:

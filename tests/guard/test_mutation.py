@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from stabletrain.guard import hooks, ledger, measure, on_device, snapshot, spikes, step_guard
+from stabletrain.guard import hooks, ledger, loss_scale, measure, on_device, snapshot, spikes, step_guard
 
 from . import (
     test_attempt,
     test_ledger,
+    test_loss_scale,
     test_measure,
     test_on_device,
     test_snapshot,
@@ -44,16 +45,17 @@ TARGETS: list[tuple[Any, tuple[str, ...]]] = [
         step_guard.StepGuard,
         ("step", "begin", "settle", "load_state_dict", "forget", "remove", "_check_begun", "_judge", "_judge_buffers",
          "_judge_optimizers", "_commit", "_note_applied", "_undo", "_drop_gradients", "_stays_on_device",
-         "_step_on_device", "attempt", "begun", "discard", "_count"),
+         "_step_on_device", "attempt", "begun", "discard", "_count", "call_no_overflow"),
     ),
     (hooks.BeforeForward, ("__call__",)),
     (hooks.AfterLoading, ("__call__",)),
     (hooks.Hook, ("__deepcopy__", "__reduce__")),
     (on_device, ("honours_found_inf", "_bad_buffers", "_prepare_momentum")),
     (on_device.DeviceStep, ("__init__", "run", "_spike", "_unscale", "_update_scale", "_step_unless")),
+    (loss_scale, ("tensors", "copies", "put_back")),
     (measure.BufferJudge, ("bad",)),
     (measure, ("bad_learning_rate", "state_tensors", "have_seen_data")),
-    (ledger.Ledger, ("record", "take_back", "check", "forgive", "state_dict", "load_state_dict")),
+    (ledger.Ledger, ("record", "take_back", "correct", "check", "forgive", "state_dict", "load_state_dict")),
     (spikes.LogSeries, ("__init__", "add", "median_and_deviation", "state_dict", "load_state_dict", "_enter")),
     (spikes.SpikeWindow, ("__init__", "accept", "limits", "state_dict", "load_state_dict")),
     (spikes, ("describe", "_limit")),
@@ -110,7 +112,7 @@ CHECKS: list[Callable[[], object]] = [
 
 def suite() -> Iterator[Callable[[], object]]:
     """Give the quick tests of this folder that need no fixture, once for each of their parameters."""
-    for module in (test_traps, test_snapshot, test_measure, test_on_device, test_spikes, test_attempt, test_ledger):
+    for module in MODULES:
         for name, test in vars(module).items():
             if not name.startswith("test_") or isinstance(test, ModuleType) or name in SLOW:
                 continue
@@ -126,12 +128,18 @@ def suite() -> Iterator[Callable[[], object]]:
                 yield from (lambda t=test, c=choice: t(**c) for choice in choices)
 
 
+MODULES = (
+    *(test_traps, test_snapshot, test_measure, test_on_device),
+    *(test_spikes, test_attempt, test_ledger, test_loss_scale),
+)
 SLOW = {
     "test_nothing_is_read_in_the_steady_state",
     "test_a_rejected_step_leaves_no_trace_on_the_device_either",
     "test_optimizers_that_ignore_found_inf_are_never_asked_to_honour_it",
     "test_a_step_costs_less_than_15_microseconds",
     # A search for the smallest example takes long.
+    "test_the_scale_follows_the_rule",
+    "test_a_persistent_nan_ends_by_the_budget",
     "test_a_planted_spike_of_twice_the_limit_is_always_caught",
     "test_limits_follow_the_formula",
     "test_losses_that_have_no_logarithm_are_left_out",

@@ -6,8 +6,8 @@ flushed to the disk and then renamed, so that what bears the name is complete. T
 the checkpoints (`serial`), which says what is newest even after a run went back to an older one.
 """
 
-from stabletrain.checkpoint.files import STATE_NAME, Checkpoint
+from stabletrain.checkpoint.files import STATE_NAME, Checkpoint, has_checkpoints
 from stabletrain.checkpoint.health import nonfinite_names
 from stabletrain.checkpoint.store import CheckpointStore
 
-__all__ = ["STATE_NAME", "Checkpoint", "CheckpointStore", "nonfinite_names"]
+__all__ = ["STATE_NAME", "Checkpoint", "CheckpointStore", "has_checkpoints", "nonfinite_names"]

@@ -34,6 +34,11 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir() and not path.name.endswith(".corrupt"))
 
 
+def has_checkpoints(run: Path | str) -> bool:
+    """Return whether the run's folder holds checkpoints, good or bad, so that a run goes on there."""
+    return any(Path(run, "checkpoints").glob("step_*"))
+
+
 def free_name(folder: Path, name: str, suffix: str = "") -> str:
     """Return `name` + `suffix`, with a number between them where that is taken in `folder`."""
     candidate, number = f"{name}{suffix}", 1

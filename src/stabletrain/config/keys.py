@@ -15,6 +15,7 @@ from stabletrain.config.places import group_names, option_names, root_keys
 from stabletrain.config.words import did_you_mean
 from stabletrain.errors import ConfigurationError
 
+READ_ELSEWHERE = {"schedule": {"ramp"}}  # keys of an option that its target doesn't take
 SPECIAL_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}  # Hydra's own, in any option
 
 
@@ -43,7 +44,8 @@ def check_keys(values: dict[str, Any], unresolved: dict[str, Any]) -> None:
             raise ConfigurationError(
                 f"group {group} needs an option with a _target_; choose one: {group}={'|'.join(option_names(group))}."
             )
-        _check_node(group, values[group])
+        elsewhere = READ_ELSEWHERE.get(group, set())
+        _check_node(group, {key: value for key, value in values[group].items() if key not in elsewhere})
 
 
 def _check_node(path: str, node: Any) -> None:

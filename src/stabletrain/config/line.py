@@ -94,6 +94,42 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str]) -> None:
             )
 
 
+def named_words(
+    command: str, arguments: Sequence[str], needed: Sequence[str], allowed: Sequence[str]
+) -> dict[str, str]:
+    """Read the words of a command that composes no config, each `name=value`.
+
+    Args:
+        command: its name, for messages.
+        arguments: the words after it.
+        needed: names that must be given.
+        allowed: names that may be given besides.
+
+    Example:
+        >>> named_words("export", ["run=runs/mine"], ["run"], ["to"])
+        {'run': 'runs/mine'}
+
+    Raises:
+        ConfigurationError: a word has no name, an unknown or a repeated one, or one is missing.
+    """
+    usage = " ".join([f"{name}=<{name}>" for name in needed] + [f"[{name}=<{name}>]" for name in allowed])
+    usage = f" Usage: python -m stabletrain {command} {usage}"
+    found: dict[str, str] = {}
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if equals == "" or value == "" or name not in (*needed, *allowed):
+            raise ConfigurationError(
+                f"{command}: {word!r} can't be used.{did_you_mean(name, [*needed, *allowed])}{usage}"
+            )
+        if name in found:
+            raise ConfigurationError(f"{command}: {name} is given twice.{usage}")
+        found[name] = value
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ConfigurationError(f"{command}: {', '.join(missing)} is missing.{usage}")
+    return found
+
+
 def config_folders(flags: Sequence[str]) -> list[Path]:
     """Return the folder that follows `--config-dir`, if it is given."""
     found = []

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice, tee
+from itertools import islice, pairwise, tee
 from typing import Any
 
 import torch
@@ -203,7 +203,36 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
+        self._largest = batch_size // accumulate  # samples that a microbatch holds at most
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch from which nothing is left out."""
+        return self.steps_with(self.batch_size)
+
+    def steps_with(self, batch_size: int) -> int:
+        """Return the steps of an epoch with so many samples per step."""
+        samples = len(self.dataset)
+        return samples // batch_size if self.drop_last else -(-samples // batch_size)
+
+    def resize(self, batch_size: int) -> None:
+        """Take so many samples per step from the next epoch on, in more microbatches rather than larger ones.
+
+        Args:
+            batch_size: samples per step; microbatches are as equal as can be, and none is larger than before.
+
+        Example:
+            >>> loader = Loader(ArrayDataset(torch.arange(100.0), torch.arange(100)), batch_size=16, accumulate=2)
+            >>> loader.resize(50)
+            >>> [len(microbatch.indices) for microbatch in next(loader.epoch(0))]
+            [7, 7, 7, 7, 7, 7, 8]
+        """
+        assert 1 <= batch_size <= len(self.dataset), (batch_size, len(self.dataset))
+        self.batch_size, self.accumulate = batch_size, self._microbatches(batch_size)
+
+    def _microbatches(self, samples: int) -> int:
+        """Return into how many microbatches a step of so many samples is divided."""
+        return -(-samples // self._largest)
 
     def order(self, epoch: int) -> torch.Tensor:
         """Return the samples of an epoch in the order in which they come, int64 [N]."""
@@ -222,24 +251,30 @@ class Loader:
         return self.reader.read_once(torch.tensor(indices, dtype=torch.int64), self.seed, epoch)
 
     def epoch(self, epoch: int, start: int = 0, excluded: Collection[int] = ()) -> Iterator[list[Microbatch]]:
-        """Yield the steps of an epoch, each a list of `accumulate` microbatches.
+        """Yield the steps of an epoch, each a list of `accumulate` microbatches; fewer in a last step that is smaller.
 
         Args:
             epoch: number of the epoch, from 0.
             start: first step; what lies before it is not read.
             excluded: samples to leave out. The order of the others stays; an epoch may have fewer steps for it.
         """
-        size = self.batch_size // self.accumulate
         order = self.order(epoch)
         if excluded:
             order = order[~torch.isin(order, torch.tensor(sorted(excluded)))]
         end = len(order) // self.batch_size * self.batch_size if self.drop_last else len(order)
         assert 0 <= start <= -(-end // self.batch_size), (start, end)
-        firsts = range(start * self.batch_size, end, self.batch_size)
-        rows = (part for first in firsts for part in _slices(order, first, min(first + self.batch_size, end), size))
+        size = self.batch_size
+        spans = [(first, min(size, end - first)) for first in range(start * size, end, size)]
+        rows = (part for first, count in spans for part in _parts(order, first, count, self._microbatches(count)))
         microbatches = self.reader.read(rows, self.seed, epoch)
-        for first in firsts:
-            yield list(islice(microbatches, -(-min(self.batch_size, end - first) // size)))
+        for _, count in spans:
+            yield list(islice(microbatches, self._microbatches(count)))
+
+
+def _parts(indices: torch.Tensor, first: int, count: int, parts: int) -> Iterator[torch.Tensor]:
+    """Yield views of `count` indices from `first` on, in parts that are as equal as can be."""
+    bounds = (first + count * number // parts for number in range(parts + 1))
+    return (indices[start:end] for start, end in pairwise(bounds))
 
 
 def _slices(indices: torch.Tensor, first: int, end: int, size: int) -> Iterator[torch.Tensor]:

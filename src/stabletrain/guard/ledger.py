@@ -128,9 +128,9 @@ class Ledger:
         return sum(self.reasons.values())
 
     def record(self, verdict: Verdict) -> None:
-        """Count a decided step; overflows are the loss scale finding its level, so the budget leaves them out."""
+        """Count a decided step; an overflow that lowers the loss scale brings it to its level and costs no budget."""
         self.steps += 1
-        self._recent.append(int(verdict.reason not in (None, "overflow")))
+        self._recent.append(int(verdict.reason not in (None, "overflow") or verdict.facts.scale_held))
         if verdict.reason is None:
             self.applied += 1
         else:
@@ -143,6 +143,13 @@ class Ledger:
         self._recent[-1] = 0
         self.applied += 1
         self.salvaged += 1
+
+    def correct(self, verdict: Verdict, corrected: Verdict) -> None:
+        """Count the step recorded last as rejected for another reason, which costs budget."""
+        assert verdict.reason is not None and corrected.reason is not None
+        self.reasons -= Counter({verdict.reason: 1})
+        self.reasons[corrected.reason] += 1
+        self._recent[-1] = 1
 
     def check(self, verdict: Verdict) -> None:
         """See whether training may go on after this verdict, which was recorded.

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from stabletrain.collectives import Ranks
 from stabletrain.finite import global_norm
-from stabletrain.guard import measure
+from stabletrain.guard import loss_scale, measure
 from stabletrain.guard.snapshot import Snapshot
 from stabletrain.guard.spikes import describe
-from stabletrain.guard.verdict import Facts, Reason
+from stabletrain.guard.verdict import FAULTS, Facts, Reason
 
 DETAILS: dict[Reason, str] = {
     "loss": "the loss is {loss}",
@@ -30,7 +31,6 @@ DETAILS: dict[Reason, str] = {
     "optimizer": "a parameter, the optimizer's state or the learning rate is not finite",
     "spike": "{spike}",
 }
-FAULTS: tuple[Reason, ...] = tuple(DETAILS)  # in the order in which they decide
 
 
 def honours_found_inf(optimizer: Optimizer) -> bool:
@@ -66,6 +66,7 @@ class DeviceStep:
         clip: `(gradients, norm) -> None` with the norm as a tensor, or None.
         limits: whether `clip` makes gradients of any finite size small.
         spikes: largest loss and largest gradient norm that are no spikes, known on the host.
+        ranks: who decides together.
     """
 
     def __init__(
@@ -75,12 +76,15 @@ class DeviceStep:
         clip: Callable[..., None] | None,
         limits: bool,
         spikes: tuple[float, float],
+        ranks: Ranks,
     ) -> None:
         self.optimizers = optimizers
         self.scaler = scaler
         self.clip = clip
         self.limits = limits
         self.spikes = spikes
+        self.ranks = ranks
+        self.scaler_before: list[Tensor] = []  # its tensors before it reacted
 
     @torch.no_grad()
     def run(
@@ -98,61 +102,68 @@ class DeviceStep:
         Returns:
             A function that waits for the outcome and returns it.
         """
-        scale_before = self._unscale()
+        self._unscale()
         gradients = measure.gradients(self.optimizers)
         norm = global_norm(gradients, exact=True).to(loss.device)
-        measured = torch.stack([loss.double(), norm.double()])
         bad_loss = ~torch.isfinite(loss)
         bad_gradient = ~torch.isfinite(norm)
         if not self.limits:
             bad_gradient = bad_gradient | (norm > measure.LARGEST_SQUARE)
         never = torch.zeros_like(bad_loss)
-        can_overflow = scale_before[0] > 1.0 if scale_before is not None else never
+        can_overflow = self.scaler_before[0] > 1.0 if self.scaler is not None else never
         overflow = ~bad_loss & ~torch.isfinite(norm) & can_overflow
         bad_state = never | bad_rate
         if check_state:
             bad_state = bad_state | ~measure.state_is_finite(self.optimizers)
         faults = torch.stack(
-            [
-                bad_loss,
-                overflow,
-                bad_gradient,
-                _bad_buffers(snapshot, buffers, never),
-                bad_state,
-                self._spike(measured),
-            ]
+            [bad_loss, overflow, bad_gradient, _bad_buffers(snapshot, buffers, never), bad_state, never]
         )
+        loss, faults = self._agreed(loss, faults)
+        overflow = faults[FAULTS.index("overflow")] & ~faults[0]
+        measured = torch.stack([loss.double(), norm.double()])
+        faults = torch.cat([faults[:-1], self._spike(measured).reshape(1)])
         rejected = faults.any()
         if self.clip is not None:
             self.clip(gradients, norm)
         self._step_unless(rejected)
-        self._update_scale(scale_before, rejected & ~overflow, overflow)
+        held = never | self._update_scale(rejected & ~overflow, overflow)
         snapshot.restore_where(rejected)
-        return _later(torch.cat([measured, faults.double()]), self.spikes)
+        return _later(torch.cat([measured, held.double()[None], faults.double()]), self.spikes)
+
+    def _agreed(self, loss: Tensor, faults: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the faults that all ranks together have."""
+        if not self.ranks.together:
+            return loss, faults
+        mean, faults = self.ranks.agree(loss, faults)
+        return torch.where(faults[0], math.nan, mean), faults
 
     def _spike(self, measured: Tensor) -> Tensor:
         """Return whether loss or gradient norm is above its limit; the limits travel as arguments, not as tensors."""
         loss, norm = measured.unbind()
         return (loss > self.spikes[0]) | (norm > self.spikes[1])
 
-    def _unscale(self) -> tuple[Tensor, Tensor] | None:
-        """Unscale the gradients; return copies of scale and growth counter as they were before."""
+    def _unscale(self) -> None:
+        """Unscale the gradients, and copy what the scaler remembers."""
         if self.scaler is None:
-            return None
+            return
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        assert self.scaler._scale is not None and self.scaler._growth_tracker is not None
-        return self.scaler._scale.clone(), self.scaler._growth_tracker.clone()
+        self.scaler_before = loss_scale.copies(self.scaler)
 
-    def _update_scale(self, before: tuple[Tensor, Tensor] | None, unchanged: Tensor, overflow: Tensor) -> None:
-        """Let the scaler react to success or to an overflow, but not fall below 1; else keep the scale."""
-        if self.scaler is None or before is None:
-            return
+    def _update_scale(self, unchanged: Tensor, overflow: Tensor) -> Tensor | bool:
+        """Let the scaler react to success or to an overflow, but not fall below 1; else leave it as it was.
+
+        Returns:
+            Whether an overflow left the scale where it was.
+        """
+        if self.scaler is None:
+            return False
         self.scaler.update()
-        scale, tracker = self.scaler._scale, self.scaler._growth_tracker
-        assert scale is not None and tracker is not None
-        scale.copy_(torch.where(overflow, scale.clamp_min(1.0), torch.where(unchanged, before[0], scale)))
-        tracker.copy_(torch.where(unchanged, before[1], tracker))
+        for now, before in zip(loss_scale.tensors(self.scaler), self.scaler_before, strict=True):
+            now.copy_(torch.where(unchanged, before, now))
+        scale = loss_scale.tensors(self.scaler)[0]
+        scale.copy_(torch.where(overflow, scale.clamp_min(1.0), scale))
+        return overflow & (scale >= self.scaler_before[0])
 
     def _step_unless(self, rejected: Tensor) -> None:
         for optimizer in self.optimizers:
@@ -203,12 +214,12 @@ def _later(values: Tensor, spikes: tuple[float, float]) -> Callable[[], Facts]:
     def read() -> Facts:
         if event is not None:
             event.synchronize()
-        loss, norm, *faults = host.numpy().tolist()
+        loss, norm, held, *faults = host.numpy().tolist()
         reason = next((name for name, fault in zip(FAULTS, faults, strict=True) if fault == 1.0), None)
         if reason is None:
             return Facts(None, loss, norm, "")
         norm = math.nan if reason == "loss" else norm
         spike = describe(loss, norm, spikes)
-        return Facts(reason, loss, norm, DETAILS[reason].format(loss=loss, norm=norm, spike=spike))
+        return Facts(reason, loss, norm, DETAILS[reason].format(loss=loss, norm=norm, spike=spike), held == 1.0)
 
     return read

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from stabletrain.collectives import Ranks, ranks_of
 from stabletrain.errors import ConfigurationError, UnstableTraining
 from stabletrain.finite import first_nonfinite, global_norm, limit_norm
-from stabletrain.guard import measure
+from stabletrain.guard import loss_scale, measure
+from stabletrain.guard.agreement import agreed
 from stabletrain.guard.hooks import watch
 from stabletrain.guard.ledger import Ledger, Policy
 from stabletrain.guard.on_device import DeviceStep, can_skip_on_device
@@ -30,6 +32,8 @@ class StepGuard:
     before its first forward pass. Call `step` where `optimizer.step` stood; it measures the gradients once, decides,
     clips with the same norm, and steps or undoes. Several optimizers decide together.
 
+    Under DistributedDataParallel or fully_shard all ranks decide together, with 16 bytes reduced a step.
+
     On the CPU, and for optimizers that can't skip by themselves, the decision is read at once. On an accelerator with
     fused Adam, AdamW, Adagrad or SGD it stays on the device, and nothing waits: the step is skipped and undone there,
     and the scheduler moves at the next call. Only randomness isn't rewound then.
@@ -45,6 +49,7 @@ class StepGuard:
         extra: more state that a forward changes: tensors, modules, generators, or objects with `state_dict`.
         policy: what follows from a rejected step.
         keep_on_device: True or False to force where the decision is read; None: as described.
+        ranks: who decides together; None: found by torch's wrappers for data parallel training.
 
     Raises:
         ConfigurationError: for arguments that contradict each other.
@@ -74,6 +79,7 @@ class StepGuard:
         extra: Sequence[Any] = (),
         policy: Policy | None = None,
         keep_on_device: bool | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if max_norm is not None and (clip is not None or not max_norm > 0):
             raise ConfigurationError(f"max_norm is {max_norm}; give a positive number, or `clip` instead, not both.")
@@ -82,6 +88,7 @@ class StepGuard:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.scheduler = scheduler
         self.policy = policy or Policy()
+        self.ranks = ranks if ranks is not None else ranks_of(self.models)
         self.ledger = Ledger(self.policy)
         self.spikes = SpikeWindow(self.policy.spike_window, floor=self.policy.spike_floor)
         self._clip: Clip | None = clip
@@ -96,6 +103,7 @@ class StepGuard:
         self._until_state_check = 0
         self._keep_on_device = keep_on_device
         self._pending: Verdict | None = None
+        self._scaler_before: list[Tensor] = []  # its tensors before it reacted to the latest overflow
         self._hooks = [handle for module in self.models for handle in watch(module, self)]
 
     def step(self, loss: Tensor | Sequence[Tensor]) -> Verdict:
@@ -121,32 +129,53 @@ class StepGuard:
         if self._stays_on_device():
             self._pending = self._step_on_device(loss)
             return self._pending
-        verdict = Verdict(self._judge(loss))
-        if verdict.applied:
-            self._commit(verdict.facts)
+        facts = self._judge(loss)
+        if facts.reason is None:
+            self._commit(facts)
         else:
-            self._undo(verdict.reason)
+            scale_held = not self._undo(facts.reason) and facts.reason == "overflow"
+            facts = facts._replace(scale_held=scale_held)
+        verdict = Verdict(facts)
         self._count(verdict)
         return verdict
 
-    def attempt(self, loss: Tensor | Sequence[Tensor], *, commit: bool) -> Facts:
+    def attempt(self, loss: Tensor | Sequence[Tensor], *, commit: bool, alone: bool = False) -> Facts:
         """Judge a rejected step that was run again, at once and without counting it.
 
         Args:
             loss: as for `step`.
             commit: whether to commit it if it is healthy; else it is undone either way.
+            alone: whether this rank tries something by itself, so that no other one is asked.
 
         Returns:
             What was found. The loss scale stays as it is.
         """
         self._check_begun()
+        assert not (alone and commit), "what is applied is decided by all ranks"
         self._snapshot.note_moved_parameters()
-        facts = self._judge(loss)
+        facts = self._judge_here(loss) if alone else self._judge(loss)
         if facts.reason is None and commit:
             self._commit(facts)
         else:
             self._undo("gradient")
         return facts
+
+    def call_no_overflow(self, verdict: Verdict) -> Verdict:
+        """Correct the last verdict, an overflow, once it is known that the gradient is NaN whatever the loss scale.
+
+        The loss scale goes back to where it was, and the step counts against the budget.
+
+        Args:
+            verdict: of the step decided last.
+
+        Returns:
+            The corrected verdict, for the reason `gradient`.
+        """
+        assert self.scaler is not None and verdict.reason == "overflow"
+        loss_scale.put_back(self.scaler, self._scaler_before)
+        corrected = Verdict(verdict.facts._replace(reason="gradient", scale_held=False))
+        self.ledger.correct(verdict, corrected)
+        return corrected
 
     @property
     def begun(self) -> bool:
@@ -177,7 +206,7 @@ class StepGuard:
         self._count(verdict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger (counts and budget), what recent updates were like, and when the state is looked at."""
+        """Return the ledger (counts and budget), what recent updates were like, and when the state is checked next."""
         self.settle()
         return {
             "ledger": self.ledger.state_dict(),
@@ -225,9 +254,23 @@ class StepGuard:
             )
 
     def _judge(self, loss: Tensor | Sequence[Tensor]) -> Facts:
-        """Look at loss, gradients, buffers, rates and state, recent history, in that order; the first fault decides."""
+        """Decide with all ranks; what they have in common, recent history, is looked at last."""
+        facts = self._judge_here(loss)
+        if self.policy.on_rejection == "none":
+            return facts
+        if self.ranks.together:
+            first = loss if isinstance(loss, Tensor) else loss[0]
+            facts = agreed(facts, self.ranks, first.device)
+        if facts.reason is None and self.policy.spikes:
+            found = describe(facts.loss, facts.grad_norm, self.spikes.limits())
+            facts = facts if found is None else facts._replace(reason="spike", detail=found)
+        return facts
+
+    def _judge_here(self, loss: Tensor | Sequence[Tensor]) -> Facts:
+        """Look at loss, gradients, buffers, rates and state, in that order; the first fault decides."""
         value = float(measure.mean_loss(loss))
-        if not math.isfinite(value) and self.policy.on_rejection != "none":
+        bad_loss = not math.isfinite(value) and self.policy.on_rejection != "none"
+        if bad_loss and not self.ranks.together:  # else the others wait for the norm of their shards
             return Facts("loss", value, math.nan, self._describe_loss(loss, value))
         if self.scaler is not None:
             for optimizer in self.optimizers:
@@ -237,6 +280,8 @@ class StepGuard:
         if not math.isfinite(norm) and gradients and gradients[0].device.type != "mps":
             norm = float(global_norm(gradients, exact=True))  # finite gradients whose squares overflowed
         guarded = self.policy.on_rejection != "none"
+        if bad_loss:
+            return Facts("loss", value, math.nan, self._describe_loss(loss, value))
         if not math.isfinite(norm) and self.scaler is not None and (self.scaler.get_scale() > 1.0 or not guarded):
             return Facts("overflow", value, norm, self._describe_gradients(norm))
         if not guarded:
@@ -247,8 +292,6 @@ class StepGuard:
             return Facts("buffer", value, norm, found)
         if (found := self._judge_optimizers()) is not None:
             return Facts("optimizer", value, norm, found)
-        if self.policy.spikes and (found := describe(value, norm, self.spikes.limits())) is not None:
-            return Facts("spike", value, norm, found)
         return Facts(None, value, norm, "")
 
     def _judge_buffers(self) -> str | None:
@@ -304,17 +347,23 @@ class StepGuard:
         if self.policy.spikes:
             self.spikes.accept(loss=facts.loss, grad_norm=facts.grad_norm)
 
-    def _undo(self, reason: Reason | None) -> None:
-        """Leave no trace of the step; an overflow alone lowers the loss scale, to 1 at the least."""
+    def _undo(self, reason: Reason | None) -> bool:
+        """Leave no trace of the step; an overflow alone may lower the loss scale, to 1 at the least.
+
+        Returns:
+            Whether it did.
+        """
         self._snapshot.restore()
         self._drop_gradients()
-        if self.scaler is None or reason == "loss":
-            return  # the scaler has seen nothing of a step whose loss decided
-        scale = self.scaler.get_scale()
+        if self.scaler is None or (reason == "loss" and not self.ranks.together):
+            return False  # the scaler has seen nothing of a step whose loss decided
+        before = scale = self.scaler.get_scale()
         if reason == "overflow":
+            self._scaler_before = loss_scale.copies(self.scaler)
             self.scaler.update()
             scale = max(self.scaler.get_scale(), 1.0)
         self.scaler.update(scale)
+        return scale < before
 
     def _drop_gradients(self) -> None:
         for optimizer in self.optimizers:
@@ -333,8 +382,9 @@ class StepGuard:
             self._until_state_check = self.policy.check_state_every - 1
         rate = measure.bad_learning_rate(self.optimizers)
         spikes = self.spikes.limits() if self.policy.spikes else (math.inf, math.inf)
-        step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits, spikes)
+        step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits, spikes, self.ranks)
         read = step.run(measure.mean_loss(loss), self._snapshot, self._buffers, check_state, rate is not None)
+        self._scaler_before = step.scaler_before
         self._drop_gradients()
         return Verdict(read)
 

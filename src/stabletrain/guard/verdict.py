@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 Reason = Literal["loss", "gradient", "buffer", "optimizer", "spike", "overflow"]
+FAULTS: tuple[Reason, ...] = ("loss", "overflow", "gradient", "buffer", "optimizer", "spike")  # the first one decides
 
 
 class Facts(NamedTuple):
@@ -15,6 +16,7 @@ class Facts(NamedTuple):
     loss: float  # mean of the microbatches' losses, before any loss scaling
     grad_norm: float  # Euclidean norm of all gradients before clipping; NaN when the loss alone decided
     detail: str  # for a rejected step: what was found, in words; else empty
+    scale_held: bool = False  # for an overflow: whether the loss scale stayed where it is
 
 
 class Verdict:

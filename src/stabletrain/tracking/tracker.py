@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _STEP_COLUMNS = ("epoch", "step", "steps", "updates", "loss", "grad_norm", "lr", "applied", "reason")
 _EPOCH_COLUMNS = ("epoch", "train_loss", "val_loss")
-_LAST_EPOCH_COLUMNS = ("lr", "grad_norm", "applied", "rejected", "salvaged")
+_LAST_EPOCH_COLUMNS = ("lr", "batch_size", "grad_norm", "applied", "rejected", "salvaged")
 _TIMES = ("seconds", "samples_per_second")  # to TensorBoard only: the tables of two equal runs are equal
 _COUNTS = ("rejected", "salvaged")  # over the whole run; to TensorBoard only
 _POSITION = ("epoch", "step", "steps", "updates", "applied")  # not curves
@@ -189,6 +189,18 @@ class Tracker:
             f"without samples {[int(index) for index in samples]}, which are left out from the next epoch on"
         )
         self._warn(line, "guard/salvaged", record["steps"])
+
+    def note(self, text: str) -> None:
+        """Say something about the run that is no trouble; TensorBoard shows it as text.
+
+        Args:
+            text: one line.
+        """
+        self._try(self._console.clear)
+        logger.info("%s", text)
+        self._try(self._console.redraw)
+        if self._events is not None:
+            self._try(self._events.text, self._last_steps, "note", text)
 
     def warning(self, text: str) -> None:
         """Say loudly that something is wrong with the run; TensorBoard shows it as text.

@@ -51,9 +51,7 @@ def train(run: Run) -> Summary:
         stack.push(partial(_stop_writing, run))
         resume(run)
         environment = {"device": str(run.device), "seed": run.seed}
-        run.tracker.begin(
-            run.settings, environment, run.epochs * run.loader.steps_per_epoch, run.progress, overrides=run.overrides
-        )
+        run.tracker.begin(run.settings, environment, run.total_steps, run.progress, overrides=run.overrides)
         for note in run.notes:
             run.tracker.warning(note)
         samples_before = run.progress.samples
@@ -109,7 +107,7 @@ def _begin(run: Run, step: Step) -> list[Tensor]:
 
 def _rate_factor(run: Run) -> float:
     lowered = run.rollback.factor(run.progress.updates) if run.rollback is not None else 1.0
-    return run.schedule(run.progress.updates) * lowered
+    return run.schedule(run.progress.updates) * run.ramp.factor * lowered
 
 
 def _save_if_due(run: Run, step: Step) -> None:
@@ -175,6 +173,7 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
     """Validate, write the epoch down, and save."""
     epoch = run.progress.epoch
     metrics = validate(run)
+    measured = {name: value for name, value in metrics.items() if value is not None}
     loss, grad_norm = run.totals.means()
     run.tracker.epoch(
         {
@@ -186,18 +185,29 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
             "applied": run.totals.applied,
             "rejected": run.totals.rejected,
             "salvaged": run.totals.salvaged,
+            **({"batch_size": run.loader.batch_size} if run.ramp.stages else {}),
         }
     )
+    _climb(run)
     run.progress.epoch, run.progress.step, run.totals = epoch + 1, 0, EpochTotals()
-    run.metrics["final"] = metrics
+    run.metrics["final"] = measured
     if run.checkpoint is not None:
         occasions = run.checkpoint.occasions
         last = run.progress.epoch == run.epochs and occasions.any
         if last or occasions.due(updates=run.progress.updates, epoch_ended=True, epoch=epoch):
             note_best(run)
-            save(run, metrics)
+            save(run, measured)
     run.tracker.summary(asdict(summarise(run, "running", start, samples_before)))
     poll(run)
+
+
+def _climb(run: Run) -> None:
+    """Enter the next stage of the ramp, if it is its turn."""
+    line = run.ramp.enter(run.progress.epoch + 1)
+    if line is not None:
+        run.tracker.note(line)
+    if run.ramp.batch_size is not None:
+        run.loader.resize(run.ramp.batch_size)
 
 
 def note_best(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from stabletrain.errors import UnstableTraining
 from stabletrain.guard.measure import state_is_finite
@@ -11,7 +12,7 @@ from stabletrain.trainer.interruption import poll
 from stabletrain.trainer.record import located
 from stabletrain.trainer.replay import incident_of
 from stabletrain.trainer.run import Run, Step
-from stabletrain.trainer.salvage import bad_inputs, read_samples, salvage
+from stabletrain.trainer.salvage import bad_inputs, is_no_overflow, read_samples, salvage
 
 
 def mend(run: Run, step: Step) -> bool:
@@ -32,9 +33,15 @@ def mend(run: Run, step: Step) -> bool:
     begun = run.guard.begun
     if begun:
         run.guard.discard()
-    incident = keep_incident(run, step)
     if policy.on_rejection not in ("salvage", "rollback"):
+        keep_incident(run, step)
         return begun
+    if verdict.reason == "overflow" and is_no_overflow(run, step):
+        step.verdict = verdict = run.guard.call_no_overflow(verdict)
+        # A replay is to show what showed it: the step without a loss scale.
+        incident = keep_incident(run, step, precision={**run.precision.state_dict(), "scale": 1.0})
+    else:
+        incident = keep_incident(run, step)
     bad = salvage(run, step)
     if bad is not None:
         step.rejected_for, step.bad_samples = verdict, bad
@@ -64,14 +71,20 @@ def roll_back(run: Run, why: UnstableTraining, step: Step) -> None:
         raise located(run, UnstableTraining(str(final), why.verdict), step) from None
 
 
-def keep_incident(run: Run, step: Step) -> Path | None:
-    """Write a rejected step to disk, so that it can be replayed; overflows are no incidents."""
+def keep_incident(run: Run, step: Step, *, precision: dict[str, Any] | None = None) -> Path | None:
+    """Write a rejected step to disk, so that it can be replayed; overflows are no incidents.
+
+    Args:
+        run: in the state before the step, with the work of the step after it begun at most.
+        step: was rejected.
+        precision: the loss scaler's state for the replay; None: as it is.
+    """
     verdict = step.verdict
     if run.guard.begun:
         run.guard.discard()
     if run.incidents is None or verdict is None or verdict.reason in (None, "overflow"):
         return None
-    return run.incidents.record(incident_of(run, step))
+    return run.incidents.record(incident_of(run, step, precision=precision))
 
 
 def _amend(run: Run, incident: Path | None, kind: str, bad: list[int]) -> None:

@@ -36,6 +36,8 @@ def record(run: Run, step: Step) -> None:
         row["scale"] = run.precision.scaler.get_scale() if shown else None
     if not verdict.applied:
         run.totals.rejected += 1
+        if verdict.reason != "overflow" or verdict.facts.scale_held:
+            run.ramp.disturb()
         run.tracker.rejected(row, step.indices(), verdict.detail)
     elif step.rejected_for is not None:
         run.tracker.salvaged(row, step.bad_samples, step.rejected_for.detail)

@@ -140,7 +140,10 @@ def replay(run: Run, incident: Incident) -> Replayed:
         gradients = {name: sha256(p.grad) for name, p in run.model.named_parameters() if p.grad is not None}
         facts = run.guard.attempt(losses, commit=False)
         return Replayed(
-            **facts._asdict(),
+            reason=facts.reason,
+            detail=facts.detail,
+            loss=facts.loss,
+            grad_norm=facts.grad_norm,
             losses=tuple(float(loss) for loss in losses),
             gradients=gradients,
             differences=differences,

@@ -112,6 +112,7 @@ class Rollback:
         run.precision.load_state_dict(kept["precision"])
         run.progress.updates = self._kept_updates
         run.guard.ledger.forgive()
+        run.ramp.disturb()
         self._divergence.reset()
         self.count += 1
         self.lower(self._kept_updates)

@@ -19,6 +19,7 @@ from stabletrain.guard import StepGuard, Verdict
 from stabletrain.incident import IncidentStore
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
+from stabletrain.ramp import Ramp
 from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals, Progress
 from stabletrain.task import Task
@@ -48,8 +49,11 @@ class Run:
     checkpoint: CheckpointStore | None
     tracker: Tracker
     epochs: int
+    total_steps: int  # planned
     seed: int
     device: torch.device
+    ramp: Ramp = field(default_factory=Ramp)
+    validate_from: int = 0  # updates before which nothing is validated
     fault: Fault = field(default_factory=NoFault)
     quarantine: Quarantine = field(default_factory=Quarantine)
     incidents: IncidentStore | None = None
@@ -59,7 +63,8 @@ class Run:
     folder: RunFolder | None = None  # locked until the run has ended
     resume: str = "auto"  # auto, never, must, or a checkpoint's path
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change between a run and its resumption
-    settings: dict[str, Any] = field(default_factory=dict)  # the resolved config, for the record
+    hyperparameters: list[dict[str, Any]] = field(default_factory=list)  # the optimizer's, as it was built
+    settings: dict[str, Any] = field(default_factory=dict)  # the resolved config
     notes: list[str] = field(default_factory=list)  # what was done to the data, for the user to read
     overrides: list[str] = field(default_factory=list)  # what was given on the command line, for the record
     progress: Progress = field(default_factory=Progress)

@@ -34,9 +34,7 @@ def salvage(run: Run, step: Step) -> list[int] | None:
         The bad samples, in rising order; None if the step can't be saved, with everything as it was.
     """
     assert step.verdict is not None
-    if step.verdict.reason not in SALVAGEABLE and not (
-        step.verdict.reason == "overflow" and _is_no_overflow(run, step)
-    ):
+    if step.verdict.reason not in SALVAGEABLE:
         return None
     bad = set(bad_inputs(step.microbatches))
     facts = _run_without(run, step, bad) if bad else None
@@ -54,17 +52,10 @@ def salvage(run: Run, step: Step) -> list[int] | None:
     return sorted(bad)
 
 
-def _is_no_overflow(run: Run, step: Step) -> bool:
-    """Tell NaN from overflow: run the step without a loss scale. What is still not finite then is no overflow.
-
-    In that case the loss scale, which was lowered for it, goes back to where it was.
-    """
+def is_no_overflow(run: Run, step: Step) -> bool:
+    """Tell NaN from overflow: run the step without a loss scale. What is still not finite then is no overflow."""
     with _without_loss_scale(run):
-        still_bad = _attempt(run, step, commit=False).reason in SALVAGEABLE
-    scaler = run.precision.scaler
-    if still_bad and scaler is not None:
-        scaler.update(scaler.get_scale() / scaler.get_backoff_factor())
-    return still_bad
+        return _attempt(run, step, commit=False).reason in SALVAGEABLE
 
 
 @contextmanager

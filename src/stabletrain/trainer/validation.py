@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from itertools import islice
 
 from torch import nn
 
@@ -16,14 +18,20 @@ from stabletrain.trainer.replay import incident_of_validation
 from stabletrain.trainer.run import Run
 
 
-def validate(run: Run) -> dict[str, float]:
+def validate(run: Run) -> Mapping[str, float | None]:
     """Measure the validation data; when that isn't finite although training is, say so and follow the policy.
+
+    Returns:
+        What was measured; nothing where it is too early for a validation, or None for each metric in the first epoch.
 
     Raises:
         UnstableTraining: under `on_bad_validation=stop`, or when a rollback isn't possible.
     """
     if run.validation is None:
         return {}
+    if run.progress.updates < run.validate_from:
+        # The table of epochs begins with their names, which one batch tells.
+        return dict.fromkeys(evaluate(run, islice(run.validation, 1))) if run.progress.epoch == 0 else {}
     metrics = run.fault.validation(run.progress.steps, evaluate(run, Polled(run, run.validation)))
     bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if not bad:
