@@ -7,6 +7,7 @@ import os
 import site
 import sys
 import sysconfig
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -231,6 +232,13 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 def _report(error: BaseException, debug: bool) -> int:
     """Write one message for an error to stderr, with its traceback under `debug`, and return the exit code."""
     message, code = _message(error)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        if code in (UNSTABLE, INTERRUPTED):
+            return code  # common to all processes, and told by the first
+        # The first process says what concerns all, and the launcher ends the others; what is left is this one's own.
+        time.sleep(2.0)
+        message = f"process {rank}: {message}"
     if debug:
         traceback.print_exception(type(error), error, error.__traceback__)
     hint = "; debug=true shows the traceback" if code == FAILED and not debug else ""

@@ -63,15 +63,14 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
     schedule = {**config["schedule"]}
     ramp = schedule.pop("ramp", None) or ()  # the trainer's, whatever the schedule
     options = {**config, "schedule": schedule}
-    parts = {
-        group: _part(group, options) for group in ("loss", "augmentation", "guard", "clipping", "fault", *RUN_TIME)
-    }
+    groups = ("loss", "augmentation", "guard", "clipping", "fault", "parallel", *RUN_TIME)
+    parts = {group: _part(group, options) for group in groups}
     model = build_model(config)
     loss, make_task = parts.pop("loss"), parts.pop("task")
     with _named("loss", config):
         loss = loss.simplified(config["loss_mode"]) if hasattr(loss, "simplified") else loss
     return assemble(
-        _part("parallel", config).wrap(model),
+        model,
         splits,
         task=make_task(loss),
         **parts,

@@ -6,7 +6,8 @@ make the same calls in the same order, or all of them wait for ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stabletrain.errors import ConfigurationError
-from stabletrain.tree import is_distributed, map_tensors
+from stabletrain.tree import is_distributed, map_tensors, tensors
 
 T = TypeVar("T")
 MOST_RANKS = 4095  # counts of 12 bits, two of which are exact in one float32
@@ -30,7 +31,7 @@ class Ranks:
     Example:
         >>> alone = Ranks()
         >>> alone.rank, alone.size, alone.gather("a"), alone.any(True)
-        (0, 1, ['a'], True)
+        (0, 1, ['a'], (True,))
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -65,9 +66,15 @@ class Ranks:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank."""
-        return bool(self.total(torch.tensor(float(flag), device=self._device)))
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether it is set on any rank."""
+        return tuple(count > 0 for count in self.sums(*map(float, flags)))
+
+    def sums(self, *values: float) -> tuple[float, ...]:
+        """Return the sum of each number over all ranks."""
+        if not self.together:
+            return values
+        return tuple(self.total(torch.tensor(values, dtype=torch.float64, device=self._device)).tolist())
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in the order of the ranks."""
@@ -77,13 +84,27 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def from_first(self, value: T) -> T:
-        """Return the first rank's value."""
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """Let the first rank compute something, and return it on every rank; what it raises is raised on every rank."""
         if not self.together:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, group_src=0, group=self.group)
-        return values[0]
+            return compute()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = compute()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, group_src=0, group=self.group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        value: T = outcome[0]
+        return value
+
+    def from_first_alone(self, compute: Callable[[], T]) -> T | None:
+        """Let the first rank compute something that only it keeps; the others get None, or what it raises."""
+        kept: list[T] = []
+        self.from_first(lambda: kept.append(compute()))
+        return kept[0] if kept else None
 
     def same_buffers(self, module: nn.Module) -> None:
         """Let every rank's buffers be the first rank's: running statistics are each rank's own otherwise."""
@@ -118,6 +139,24 @@ class Ranks:
         return packet[3] / self.size, torch.stack([first, second], 1).reshape(6) > 0
 
 
+def first_to_say(name: str, value: str) -> str:
+    """Return what the first process to come here said; for what has to be common before the processes have met.
+
+    Args:
+        name: of what is said.
+        value: what this process would say.
+
+    Raises:
+        ConfigurationError: the launcher offers no place to say it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ConfigurationError(
+            "several processes were started without torchrun, so they can't agree on a name for the run: give name=<name>"
+        )
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return bytes(store.compare_set(name, "", value)).decode()
+
+
 def ranks_of(modules: Iterable[nn.Module]) -> Ranks:
     """Return the ranks that train these modules: found by torch's wrappers for data parallel training.
 
@@ -146,21 +185,30 @@ def whole(tree: Any) -> Any:
         >>> whole({"weight": torch.ones(2)})
         {'weight': tensor([1., 1.])}
     """
+    if not any(is_distributed(tensor) for tensor in tensors(tree)):
+        return tree
     return map_tensors(lambda tensor: tensor.full_tensor().cpu() if is_distributed(tensor) else tensor, tree)
 
 
-def sharded_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """Return this rank's shard of a whole tensor, divided as `pattern` is; without any communication.
+def sharded_like(tree: Any, pattern: Any) -> Any:
+    """Return this rank's shards of whole tensors, divided as those of `pattern` are; without any communication.
 
     Args:
-        tensor: the same on all ranks.
-        pattern: a sharded tensor, or any other: `tensor` is then returned as it is.
+        tree: the same on all ranks: a tensor, or a dictionary of them.
+        pattern: a tensor or a dictionary with the same keys; what isn't sharded there is returned as it is.
+
+    Example:
+        >>> sharded_like({"weight": torch.ones(2)}, {"weight": torch.zeros(2)})
+        {'weight': tensor([1., 1.])}
     """
-    if not is_distributed(pattern) or is_distributed(tensor) or tensor.shape != pattern.shape:
-        return tensor
+    if isinstance(tree, dict) and isinstance(pattern, dict):
+        if not any(is_distributed(tensor) for tensor in pattern.values()):
+            return tree
+        return {name: sharded_like(item, pattern.get(name)) for name, item in tree.items()}
+    if not isinstance(tree, Tensor) or not isinstance(pattern, Tensor) or tree.shape != pattern.shape:
+        return tree
+    if not is_distributed(pattern) or is_distributed(tree):
+        return tree
     from torch.distributed.tensor import distribute_tensor
 
-    sharded: Tensor = distribute_tensor(
-        tensor.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None
-    )
-    return sharded
+    return distribute_tensor(tree.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)

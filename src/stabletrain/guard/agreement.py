@@ -21,7 +21,7 @@ def agreed(facts: Facts, ranks: Ranks, device: torch.device) -> Facts:
 
     Example:
         >>> agreed(Facts(None, 0.5, 1.0, ""), Ranks(), torch.device("cpu"))
-        Facts(reason=None, loss=0.5, grad_norm=1.0, detail='')
+        Facts(reason=None, loss=0.5, grad_norm=1.0, detail='', scale_held=False, rank=0)
     """
     if not ranks.together:
         return facts
@@ -32,4 +32,4 @@ def agreed(facts: Facts, ranks: Ranks, device: torch.device) -> Facts:
         return facts._replace(loss=float(mean))
     everybody = ranks.gather(facts)  # only now, and only then: rejections are rare
     rank = next(number for number, other in enumerate(everybody) if other.reason == reasons[0])
-    return everybody[rank]._replace(detail=f"rank {rank}: {everybody[rank].detail}")
+    return everybody[rank]._replace(detail=f"rank {rank}: {everybody[rank].detail}", rank=rank)

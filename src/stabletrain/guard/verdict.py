@@ -17,6 +17,7 @@ class Facts(NamedTuple):
     grad_norm: float  # Euclidean norm of all gradients before clipping; NaN when the loss alone decided
     detail: str  # for a rejected step: what was found, in words; else empty
     scale_held: bool = False  # for an overflow: whether the loss scale stayed where it is
+    rank: int = 0  # for a rejected step: which process found it first
 
 
 class Verdict:

@@ -17,7 +17,7 @@ STRUCTURAL = {
     "optimizer class": "the optimizer's state is this optimizer's",
 }
 # Refused besides, where the model normalises over a batch.
-WITH_BATCH_NORM = {"accumulate": "the model's running statistics are of microbatches of this size"}
+WITH_BATCH_NORM = {"microbatch": "the model's running statistics are of microbatches of this size"}
 # Exceptions to it: the same data may lie in another place. Its fingerprint is compared besides.
 ELSEWHERE = ("data.path",)
 # What says how to start and what to call it, not what is done; not worth a word.

@@ -15,7 +15,7 @@ from stabletrain.guard import Verdict
 from stabletrain.optimizer import set_learning_rate
 from stabletrain.state import EpochTotals
 from stabletrain.trainer.evaluation import measure_test
-from stabletrain.trainer.interruption import asked, leave, poll
+from stabletrain.trainer.interruption import Wishes, leave, obey, poll, wanted
 from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
 from stabletrain.trainer.record import located, record, summarise
 from stabletrain.trainer.resume import resume, save
@@ -44,6 +44,7 @@ def train(run: Run) -> Summary:
     with ExitStack() as stack:
         if run.folder is not None:
             stack.enter_context(run.folder)
+        stack.callback(run.parallel.close)
         stack.callback(run.tracker.close)
         stack.callback(run.fault.close)
         stack.enter_context(run.precision.active())
@@ -84,23 +85,25 @@ def train_epoch(run: Run) -> None:
     steps = run.loader.epoch(epoch, first, run.quarantine.frozen)
     for index, microbatches in enumerate(steps, start=first):  # draw
         number = run.progress.steps + (waiting is not None)
-        step = Step(epoch=epoch, index=index, number=number, microbatches=run.fault.before_step(number, microbatches))
+        step = run.step(epoch, index, number, run.fault.before_step(number, microbatches))
         losses = _begin(run, step)
         if waiting is not None and finish_step(run, waiting):
             losses = _begin(run, step)  # the state it began from was mended
         step.rate = set_learning_rate(run.optimizer, _rate_factor(run))
         step.verdict = decide(run, losses, step)  # unscale, measure, judge, clip, commit or undo
         waiting = step
-        if not step.verdict.pending or _may_be_due(run) or asked(run) is not None:
+        wishes = wanted(run)
+        if not step.verdict.pending or _may_be_due(run) or wishes.any:
             finish_step(run, step)
             waiting = None
-            _save_if_due(run, step)
-            poll(run)
+            _save_if_due(run, step, wishes)
+            obey(wishes)
     if waiting is not None:
         finish_step(run, waiting)
 
 
 def _begin(run: Run, step: Step) -> list[Tensor]:
+    run.parallel.begin_step(run.model)
     run.guard.begin()
     return forward_backward(run, step)
 
@@ -110,14 +113,14 @@ def _rate_factor(run: Run) -> float:
     return run.schedule(run.progress.updates) * run.ramp.factor * lowered
 
 
-def _save_if_due(run: Run, step: Step) -> None:
+def _save_if_due(run: Run, step: Step, wishes: Wishes) -> None:
     if run.checkpoint is None:
         return
     occasions, progress = run.checkpoint.occasions, run.progress
     assert step.verdict is not None
     if step.verdict.applied and occasions.due(updates=progress.updates, epoch_ended=False, epoch=progress.epoch):
         save(run)
-    elif occasions.overdue:
+    elif wishes.save:
         save(run, planned=False)
 
 
@@ -151,7 +154,7 @@ def finish_step(run: Run, step: Step) -> bool:
     if verdict.applied:
         progress.updates += 1
         run.last_good = [microbatch.indices for microbatch in step.microbatches]
-        progress.samples += sum(map(len, run.last_good))
+        progress.samples += _samples(run, step)
         run.totals.add(loss=verdict.loss, grad_norm=verdict.grad_norm)
         run.totals.salvaged += step.rejected_for is not None
         if run.ema is not None:
@@ -167,6 +170,14 @@ def finish_step(run: Run, step: Step) -> bool:
             roll_back(run, UnstableTraining(f"{diverged}.", verdict), step)
             return True
     return mended
+
+
+def _samples(run: Run, step: Step) -> int:
+    """Return how many samples all ranks together have applied."""
+    own = sum(map(len, run.last_good))
+    if step.rejected_for is None:
+        return own * run.ranks.size
+    return int(run.ranks.sums(own)[0])
 
 
 def _end_epoch(run: Run, start: float, samples_before: int) -> None:
@@ -212,7 +223,8 @@ def _climb(run: Run) -> None:
 
 def note_best(run: Run) -> None:
     """Wait for the checkpoint that is being written, and note what the best one so far was measured at."""
-    best = run.checkpoint.best() if run.checkpoint is not None else None
+    store = run.checkpoint
+    best = run.ranks.from_first(store.best) if store is not None else None
     if best is not None:
         run.metrics["best"] = {name: value for name, value in best.metrics.items() if value is not None}
 
@@ -221,8 +233,7 @@ def _may_be_due(run: Run) -> bool:
     """Whether the step just decided, if it was applied, calls for a checkpoint."""
     if run.checkpoint is None:
         return False
-    occasions = run.checkpoint.occasions
-    return occasions.overdue or occasions.due(updates=run.progress.updates + 1, epoch_ended=False, epoch=0)
+    return run.checkpoint.occasions.due(updates=run.progress.updates + 1, epoch_ended=False, epoch=0)
 
 
 def _let_go(run: Run, error: Exception) -> Exception:

@@ -38,7 +38,7 @@ def record(run: Run, step: Step) -> None:
         run.totals.rejected += 1
         if verdict.reason != "overflow" or verdict.facts.scale_held:
             run.ramp.disturb()
-        run.tracker.rejected(row, step.indices(), verdict.detail)
+        run.tracker.rejected(row, _seen(run, step), verdict.detail)
     elif step.rejected_for is not None:
         run.tracker.salvaged(row, step.bad_samples, step.rejected_for.detail)
     run.tracker.step(row)
@@ -49,9 +49,15 @@ def located(run: Run, error: UnstableTraining, step: Step) -> UnstableTraining:
     step.verdict = error.verdict
     run.progress.step, run.progress.steps = step.index + 1, step.number + 1
     record(run, step)
-    indices = step.indices()
+    indices = _seen(run, step)
     shown = ", ".join(map(str, indices[:20])) + (f" and {len(indices) - 20} more" if len(indices) > 20 else "")
     return UnstableTraining(f"epoch {step.epoch}, step {step.index}: {error} Samples: {shown}.", error.verdict)
+
+
+def _seen(run: Run, step: Step) -> list[int]:
+    """Return the samples that the process saw which found a rejected step bad."""
+    assert step.verdict is not None
+    return run.ranks.gather(step.indices())[step.verdict.facts.rank]
 
 
 def summarise(run: Run, status: Status, start: float, samples_before: int, message: str = "") -> Summary:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stabletrain.checkpoint import CheckpointStore
+from stabletrain.collectives import sharded_like, whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import yaml_text
 from stabletrain.optimizer import with_changed
@@ -35,17 +38,22 @@ def save(run: Run, metrics: dict[str, float] | None = None, *, planned: bool = T
     """
     assert run.checkpoint is not None
     further: dict[str, Any] = {}
+    run.ranks.same_buffers(run.model)
     if run.rollback is not None and planned:
         run.rollback.keep(run, now=True)
     elif run.rollback is not None and (kept := run.rollback.kept()) is not None:
-        further[ROLLBACK_NAME] = kept
+        further[ROLLBACK_NAME] = whole(kept)
     position = {name: getattr(run.progress, name) for name in ("epoch", "step", "steps")}
-    run.checkpoint.save(_state(run), updates=run.progress.updates, position=position, metrics=metrics, further=further)
+    state = _state(run)
+    if not run.ranks.first:
+        run.checkpoint.occasions.saved()
+        return
+    run.checkpoint.save(state, updates=run.progress.updates, position=position, metrics=metrics, further=further)
 
 
 def _state(run: Run) -> dict[str, Any]:
     return {
-        **learned_state(run),
+        **whole(learned_state(run)),
         "guard": run.guard.state_dict(),
         "progress": run.progress.state_dict(),
         "totals": run.totals.state_dict(),
@@ -54,7 +62,8 @@ def _state(run: Run) -> dict[str, Any]:
         "rollback": run.rollback.state_dict() if run.rollback is not None else {},
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
-        "last_good": [indices.clone() for indices in run.last_good],  # views of the whole epoch's order
+        # Of each process; clones, because they are views of the whole epoch's order.
+        "last_good": run.ranks.gather([indices.clone() for indices in run.last_good]),
         "metrics": run.metrics,
         "identity": run.identity,
         "settings": yaml_text(run.settings),
@@ -68,7 +77,7 @@ def resume(run: Run) -> None:
     store = run.checkpoint
     if store is None or run.resume == "never":
         return
-    state = store.latest() if run.resume in ("auto", "must") else store.load(run.resume)
+    state = _found(run, store)
     if state is None:
         if run.resume == "must":
             raise ConfigurationError(
@@ -76,6 +85,7 @@ def resume(run: Run) -> None:
             )
         return
     changed = _check_changes(run, state)
+    state |= _divided(run, state)
     _load_model(run.model, state["model"])
     changed = _load_optimizer(run, state) | changed
     if any(change.of_the_objective for change in changed.values()):
@@ -99,10 +109,26 @@ def resume(run: Run) -> None:
     if run.incidents is not None and state["incidents"]:
         run.incidents.load_state_dict(state["incidents"])
     run.fault.load_state_dict(state["fault"])
-    run.last_good = state["last_good"]
+    run.last_good = state["last_good"][run.ranks.rank % len(state["last_good"])]
     run.metrics.update(state["metrics"])
     run.tracker.truncate(run.progress)
     log.info("continuing at epoch %d, step %d", run.progress.epoch, run.progress.step)
+
+
+def _found(run: Run, store: CheckpointStore) -> dict[str, Any] | None:
+    """Return the state to continue from: the first process finds it and says which it is, the others read it too."""
+    if run.resume not in ("auto", "must"):
+        return store.load(run.resume)
+    states = []
+
+    def find() -> Path | None:
+        states.append(store.latest())
+        return store.found if states[0] is not None else None
+
+    found = run.ranks.from_first(find)
+    if found is None or run.ranks.first:
+        return states[0] if states else None
+    return store.load(found)
 
 
 def _check_changes(run: Run, state: dict[str, Any]) -> dict[str, Change]:
@@ -123,6 +149,21 @@ def _check_changes(run: Run, state: dict[str, Any]) -> dict[str, Change]:
     return changed
 
 
+def _divided(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what is learned of a whole state, divided among the ranks as this run divides it."""
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    optimizer = {
+        number: {name: sharded_like(value, parameters[number]) for name, value in memory.items()}
+        for number, memory in state["optimizer"]["state"].items()
+    }
+    average = run.ema.average if run.ema is not None else {}
+    return {
+        "model": sharded_like(state["model"], run.model.state_dict()),
+        "optimizer": {**state["optimizer"], "state": optimizer},
+        "ema": {name: sharded_like(value, average) for name, value in state["ema"].items()},
+    }
+
+
 def _has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
@@ -138,6 +179,7 @@ def _kept(run: Run, state: dict[str, Any], kept: dict[str, Any] | None) -> dict[
     """Return the copy to roll back to under today's settings."""
     if kept is None:
         return None
+    kept = kept | _divided(run, kept)
     kept = {**kept, "optimizer": with_changed(kept["optimizer"], state["hyperparameters"], run.hyperparameters)[0]}
     if run.ema is not None and not kept["ema"]:
         kept["ema"] = {"average": {name: kept["model"][name] for name in run.ema.average}, "updates": 0}

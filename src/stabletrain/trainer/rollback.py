@@ -88,7 +88,7 @@ class Rollback:
         due = self._kept is None or run.progress.updates >= self._kept_updates + self.policy.snapshot_every
         # At a checkpoint even if there was no update since: a rejected step may have lowered the loss scale.
         due = due and run.progress.updates != self._kept_updates
-        if (due or now) and bool(state_is_finite([run.optimizer])):
+        if (due or now) and not run.ranks.any(not bool(state_is_finite([run.optimizer])))[0]:
             self._kept, self._kept_updates = _copied(learned_state(run)), run.progress.updates
 
     def kept(self) -> dict[str, Any] | None:

@@ -11,12 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stabletrain.checkpoint import CheckpointStore
+from stabletrain.collectives import Ranks
 from stabletrain.data import Loader, Microbatch, OrderedLoader
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.fault import Fault, NoFault
 from stabletrain.folder import RunFolder
 from stabletrain.guard import StepGuard, Verdict
 from stabletrain.incident import IncidentStore
+from stabletrain.parallel import SingleProcess
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp
@@ -36,6 +38,7 @@ class Run:
     """Everything a run is made of, finished and ready."""
 
     model: nn.Module
+    network: nn.Module  # what training calls: the model, or torch's wrapper that exchanges gradients
     task: Task
     optimizer: Optimizer
     loader: Loader
@@ -52,6 +55,7 @@ class Run:
     total_steps: int  # planned
     seed: int
     device: torch.device
+    parallel: SingleProcess = field(default_factory=SingleProcess)
     ramp: Ramp = field(default_factory=Ramp)
     validate_from: int = 0  # updates before which nothing is validated
     fault: Fault = field(default_factory=NoFault)
@@ -70,6 +74,25 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     totals: EpochTotals = field(default_factory=EpochTotals)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # "final", "best" and "test"
+
+    def step(self, epoch: int, index: int, number: int, microbatches: list[Microbatch]) -> Step:
+        """Return a step that begins.
+
+        Args:
+            epoch: from 0.
+            index: within the epoch.
+            number: over the whole run, from 0.
+            microbatches: of this rank.
+        """
+        ranks = self.ranks
+        return Step(
+            epoch=epoch, index=index, number=number, microbatches=microbatches, rank=ranks.rank, ranks=ranks.size
+        )
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of this run."""
+        return self.parallel.ranks
 
 
 @dataclass(kw_only=True)
@@ -105,6 +128,8 @@ class Step:
     number: int = 0  # over the whole run, from 0
     rate: float = 0.0  # learning rate
     microbatches: list[Microbatch]
+    rank: int = 0  # whose microbatches these are; those of a step are dealt out in turn
+    ranks: int = 1
     verdict: Verdict | None = None
     rejected_for: Verdict | None = None  # of a salvaged step: the verdict before its bad samples were left out
     bad_samples: list[int] = field(default_factory=list)  # left out of it
