@@ -20,6 +20,9 @@ from stabletrain.trainer import train
 from stabletrain.trainer.resume import resume
 
 
+LAST_STEP = [2, 3, 5, 9, 10, 13, 14, 17, 22, 37, 39, 41, 49, 50, 52, 55]  # its samples
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder that holds the golden checkpoint, and the table that it was trained on."""
@@ -46,6 +49,7 @@ def test_a_run_goes_on_from_it(run_folder: Path) -> None:
     assert run.ema is not None
     assert run.ema.average["layers.5.bias"].tolist() == [-0.08101755380630493, 0.007441181223839521]
     assert run.guard.ledger.applied == 3
+    assert [sorted(indices.tolist()) for indices in run.last_good] == [LAST_STEP]
     assert run.rollback is not None
     assert run.rollback.kept() is not None
     assert [group["initial_lr"] for group in run.optimizer.param_groups] == [0.01]
