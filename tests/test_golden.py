@@ -19,7 +19,6 @@ from stabletrain.sealed import manifest_text
 from stabletrain.trainer import train
 from stabletrain.trainer.resume import resume
 
-
 LAST_STEP = [2, 3, 5, 9, 10, 13, 14, 17, 22, 37, 39, 41, 49, 50, 52, 55]  # its samples
 
 
