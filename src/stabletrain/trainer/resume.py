@@ -98,7 +98,8 @@ def resume(run: Run) -> None:
     run.progress.load_state_dict(state["progress"])
     run.totals.load_state_dict(state["totals"])
     run.quarantine.load_state_dict(state["quarantine"])
-    run.ramp.load_state_dict(state["ramp"])
+    if "ramp" in state:  # younger than the format
+        run.ramp.load_state_dict(state["ramp"])
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
     if run.rollback is not None and state["rollback"]:
