@@ -156,5 +156,7 @@ def test_the_loss_is_simplified_as_far_as_the_preset_says(mode, gamma, tmp_path)
 def test_settings_and_overrides_are_kept_for_the_records(tmp_path):
     values = checked(*SMALL)
     run = build(values, tmp_path, ["a=1"])
-    assert run.settings == values
+    assert values["model"]["in_features"] == "auto"
+    facts = {"in_features": 30, "num_classes": 2}  # so that the model can be built again without the data
+    assert run.settings == {**values, "model": {**values["model"], **facts}}
     assert run.overrides == ["a=1"]

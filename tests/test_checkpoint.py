@@ -40,7 +40,8 @@ folder, kills, chance = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(s
 
 def save(store, updates):
     state = {"model": {"weight": torch.full((100_000,), float(updates))}, "updates": updates}
-    assert store.save(state, updates=updates, metrics={"loss": 1.0 / updates}) is not None
+    store.save(state, updates=updates, metrics={"loss": 1.0 / updates})
+    assert store.wait() is not None
 
 start = time.perf_counter()
 save(CheckpointStore(folder), 1)
@@ -102,16 +103,20 @@ def full():
 def state(updates):
     return {"model": {"weight": torch.full((100_000,), float(updates))}}
 
+def saved(store, *arguments, **keywords):
+    store.save(*arguments, **keywords)
+    return store.wait()
+
 store = CheckpointStore(folder)
-assert store.save(state(1), updates=1) and store.save(state(2), updates=2)
+assert saved(store, state(1), updates=1) and saved(store, state(2), updates=2)
 before = {path: path.read_bytes() for path in folder.rglob("step_*/*")}
 with full():
-    assert store.save(state(3), updates=3) is None
+    assert saved(store, state(3), updates=3) is None
     assert store.errors == 1
     assert before == {path: path.read_bytes() for path in folder.rglob("step_*/*")}
     assert not list((folder / "checkpoints").glob(".*")), "left aside"
     assert store.latest()["model"]["weight"][0] == 2
-assert store.save(state(4), updates=4)
+assert saved(store, state(4), updates=4)
 assert store.latest()["model"]["weight"][0] == 4
 """
 
@@ -156,6 +161,12 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path,
 def simple(value: float, **more: Any) -> dict[str, Any]:
     """Return a state of one weight."""
     return {"model": {"weight": torch.full((64,), value)}, **more}
+
+
+def saved(store: CheckpointStore, state: dict[str, Any], **options: Any) -> Path | None:
+    """Save, and return the folder once everything is on disk; None if nothing was written."""
+    store.save(state, **options)
+    return store.wait()
 
 
 def names(store: CheckpointStore) -> list[str]:
@@ -205,7 +216,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "text": "grün", "bytes": b"\x00\xff", "size": torch.Size((1, 2)), "dtype": torch.float16,
     }  # fmt: skip
     store = CheckpointStore(tmp_path)
-    assert store.save(state, updates=1) is not None
+    assert saved(store, state, updates=1) is not None
     found = CheckpointStore(tmp_path).latest()
     assert_same(found, state)
     assert found is not None
@@ -223,7 +234,7 @@ def test_numpy_becomes_plain(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }  # fmt: skip
     store = CheckpointStore(tmp_path)
-    store.save(state, updates=1)
+    saved(store, state, updates=1)
     found: dict[Any, Any] | None = store.latest()
     assert found is not None
     assert_same(found["numbers"], [0.1, 0.5, 3, True, "a"])
@@ -239,14 +250,14 @@ def test_numpy_becomes_plain(tmp_path: Path) -> None:
 def test_files_and_manifest(tmp_path: Path) -> None:
     """One folder, two files, and the manifest tells the truth about the other."""
     store = CheckpointStore(tmp_path)
-    path = store.save(simple(1.0), updates=12300, metrics={"loss": 0.5, "accuracy": float("nan")})
+    path = saved(store, simple(1.0), updates=12300, metrics={"loss": 0.5, "accuracy": float("nan")})
     assert path == tmp_path / "checkpoints" / "step_000012300"
     assert sorted(os.listdir(path)) == ["manifest.json", "state.pt"]
     assert names(store) == ["best.json", "step_000012300"]
     manifest = json.loads((path / "manifest.json").read_text(), parse_constant=pytest.fail)
     data = (path / "state.pt").read_bytes()
-    assert manifest["files"] == {"state.pt": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-    assert (manifest["format"], manifest["updates"], manifest["serial"]) == (1, 12300, 1)
+    assert manifest["files"] == {"state.pt": {"size": len(data), "sha256": [hashlib.sha256(data).hexdigest()]}}
+    assert (manifest["format"], manifest["updates"], manifest["serial"]) == (2, 12300, 1)
     assert manifest["metrics"] == {"loss": 0.5, "accuracy": None}
     assert manifest["versions"]["torch"] == torch.__version__
     assert torch.serialization.get_crc32_options() is True
@@ -271,8 +282,8 @@ def flip(path: Path, place: int) -> None:
 def test_every_damage_is_found(tmp_path: Path, name: str, damage: str) -> None:
     """At fifty places of each file: the damaged one is set aside and the one before is used."""
     store = CheckpointStore(tmp_path / "run")
-    store.save(simple(1.0), updates=1)
-    store.save(simple(2.0), updates=2)
+    saved(store, simple(1.0), updates=1)
+    saved(store, simple(2.0), updates=2)
     size = (store.folder / "step_000000002" / name).stat().st_size
     places = sorted({round(part * (size - 1) / 49) for part in range(50)})
     for place in places:
@@ -298,12 +309,12 @@ def test_every_damage_is_found(tmp_path: Path, name: str, damage: str) -> None:
         assert damaged.found == copy / "checkpoints" / "step_000000001"
 
 
-@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+@pytest.mark.parametrize("name", ["state.pt", "rollback.pt", "manifest.json"])
 def test_missing_file_is_found(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A folder that lost a file is bad, and said to be."""
     store = CheckpointStore(tmp_path)
-    store.save(simple(1.0), updates=1)
-    store.save(simple(2.0), updates=2)
+    saved(store, simple(1.0), updates=1)
+    saved(store, simple(2.0), updates=2, further={"rollback.pt": simple(1.0)})
     (store.folder / "step_000000002" / name).unlink()
     assert weight(store.latest()) == 1.0
     assert f"step_000000002: {name} is missing" in caplog.text
@@ -314,7 +325,7 @@ def test_some_and_none_good_is_an_error_each_time(tmp_path: Path) -> None:
     """A run whose checkpoints are all bad doesn't start over, nor does the same command a second time."""
     store = CheckpointStore(tmp_path)
     for updates in (1, 2):
-        store.save(simple(1.0), updates=updates)
+        saved(store, simple(1.0), updates=updates)
         flip(store.folder / f"step_{updates:09d}" / "state.pt", 700)
     for _ in range(2):
         with pytest.raises(ConfigurationError, match=r"none of the checkpoints .* is good"):
@@ -325,9 +336,9 @@ def test_some_and_none_good_is_an_error_each_time(tmp_path: Path) -> None:
 def test_same_step_corrupt_twice(tmp_path: Path) -> None:
     """Setting aside never overwrites what was set aside before."""
     store = CheckpointStore(tmp_path)
-    store.save(simple(1.0), updates=1)
+    saved(store, simple(1.0), updates=1)
     for _ in range(2):
-        store.save(simple(2.0), updates=2)
+        saved(store, simple(2.0), updates=2)
         flip(store.folder / "step_000000002" / "state.pt", 700)
         assert weight(store.latest()) == 1.0
     assert names(store) == ["step_000000001", "step_000000002-2.corrupt", "step_000000002.corrupt"]
@@ -353,12 +364,12 @@ def test_unwritable_and_vanished_folders(tmp_path: Path, caplog: pytest.LogCaptu
     """Neither stops training; the next occasion tries again."""
     store = CheckpointStore(tmp_path)
     (tmp_path / "checkpoints").write_text("in the way")
-    assert store.save(simple(1.0), updates=1) is None
+    assert saved(store, simple(1.0), updates=1) is None
     assert store.errors == 1 and "not written" in caplog.text
     (tmp_path / "checkpoints").unlink()
-    assert store.save(simple(2.0), updates=2) is not None
+    assert saved(store, simple(2.0), updates=2) is not None
     shutil.rmtree(tmp_path)
-    assert store.save(simple(3.0), updates=3) is not None
+    assert saved(store, simple(3.0), updates=3) is not None
     assert weight(store.latest()) == 3.0 and store.errors == 1
 
 
@@ -373,7 +384,7 @@ def test_stale_folders_are_swept_but_not_those_of_the_living(tmp_path: Path) -> 
     store = CheckpointStore(tmp_path)
     assert names(store) == [".tmp-step_000000006-1"]
     assert store.latest() is None
-    store.save(simple(1.0), updates=1)
+    saved(store, simple(1.0), updates=1)
     assert names(store) == ["step_000000001"]
 
 
@@ -397,7 +408,7 @@ def test_what_is_not_finite_is_not_written(
         }
 
     store = CheckpointStore(tmp_path, keep_last=1)
-    store.save(state(), updates=1, metrics={"loss": 1.0})
+    saved(store, state(), updates=1, metrics={"loss": 1.0})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     poisoned = state()
     place: Any = poisoned
@@ -405,7 +416,7 @@ def test_what_is_not_finite_is_not_written(
     for part in parents:
         place = place[int(part) if part.isdigit() else part]
     place[last][1] = poison
-    assert store.save(poisoned, updates=2, metrics={"loss": 0.5}) is None
+    assert saved(store, poisoned, updates=2, metrics={"loss": 0.5}) is None
     assert store.refused == 1 and name in caplog.text
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -416,12 +427,12 @@ def test_masks_may_hold_infinities(tmp_path: Path) -> None:
     model.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
     assert nonfinite_names(model.state_dict()) == ["mask"]
     store = CheckpointStore(tmp_path)
-    assert store.save({"model": model.state_dict()}, updates=1) is None
+    assert saved(store, {"model": model.state_dict()}, updates=1) is None
     store.exempt(nonfinite_names(model.state_dict()))
-    assert store.save({"model": model.state_dict(), "ema": {"average": model.state_dict()}}, updates=2) is not None
+    assert saved(store, {"model": model.state_dict(), "ema": {"average": model.state_dict()}}, updates=2) is not None
     with torch.no_grad():
         model.weight[0, 0] = float("nan")
-    assert store.save({"model": model.state_dict()}, updates=3) is None
+    assert saved(store, {"model": model.state_dict()}, updates=3) is None
 
 
 def test_finite_check_knows_every_kind_of_tensor() -> None:
@@ -444,15 +455,15 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     losses = [0.9, 0.3, float("nan"), 0.5, None, 0.3, float("-inf"), 0.4]
     for number, loss in enumerate(losses, start=1):
-        store.save(simple(float(number)), updates=number, metrics=None if loss is None else {"loss": loss})
+        saved(store, simple(float(number)), updates=number, metrics=None if loss is None else {"loss": loss})
     assert names(store) == ["best.json", "step_000000002", "step_000000007", "step_000000008"]
     best = CheckpointStore(tmp_path).best()
     assert best is not None and best.updates == 2 and best.metrics == {"loss": 0.3}
     assert json.loads((store.folder / "best.json").read_text()) == {
         "checkpoint": "step_000000002", "metric": "loss", "mode": "min", "updates": 2, "value": 0.3,
     }  # fmt: skip
-    store.save(simple(9.0), updates=9, metrics={"loss": 0.2})
-    store.save(simple(10.0), updates=10, metrics={"loss": 0.7})
+    saved(store, simple(9.0), updates=9, metrics={"loss": 0.2})
+    saved(store, simple(10.0), updates=10, metrics={"loss": 0.7})
     assert names(store) == ["best.json", "step_000000009", "step_000000010"]
     assert json.loads((store.folder / "best.json").read_text())["updates"] == 9
 
@@ -461,7 +472,7 @@ def test_best_by_any_metric_and_mode(tmp_path: Path) -> None:
     """More may be better; another metric from now on judges what is there by its own values."""
     store = CheckpointStore(tmp_path, keep_last=3, metric="accuracy", mode="max")
     for number, (loss, accuracy) in enumerate([(0.5, 0.7), (0.6, 0.9), (0.7, 0.8)], start=1):
-        store.save(simple(1.0), updates=number, metrics={"loss": loss, "accuracy": accuracy})
+        saved(store, simple(1.0), updates=number, metrics={"loss": loss, "accuracy": accuracy})
     best = store.best()
     assert best is not None and best.updates == 2
     best = CheckpointStore(tmp_path, metric="loss").best()
@@ -472,11 +483,11 @@ def test_best_by_any_metric_and_mode(tmp_path: Path) -> None:
 def test_best_survives_a_kill_before_it_was_noted(tmp_path: Path) -> None:
     """The manifests are the record: without `best.json`, or with an old one, the best is still kept."""
     store = CheckpointStore(tmp_path, keep_last=1)
-    store.save(simple(1.0), updates=1, metrics={"loss": 0.1})
+    saved(store, simple(1.0), updates=1, metrics={"loss": 0.1})
     (store.folder / "best.json").write_text("{torn")
     again = CheckpointStore(tmp_path, keep_last=1)
-    again.save(simple(2.0), updates=2, metrics={"loss": 0.2})
-    again.save(simple(3.0), updates=3, metrics={"loss": 0.3})
+    saved(again, simple(2.0), updates=2, metrics={"loss": 0.2})
+    saved(again, simple(3.0), updates=3, metrics={"loss": 0.3})
     assert names(again) == ["best.json", "step_000000001", "step_000000003"]
     assert json.loads((store.folder / "best.json").read_text())["updates"] == 1
 
@@ -485,10 +496,10 @@ def test_going_back_makes_what_is_saved_next_the_newest(tmp_path: Path) -> None:
     """Newest is what was saved last, whatever its number of updates."""
     store = CheckpointStore(tmp_path, keep_last=3)
     for updates in (10, 20, 30):
-        store.save(simple(float(updates)), updates=updates)
+        saved(store, simple(float(updates)), updates=updates)
     assert weight(store.load(store.folder / "step_000000010")) == 10.0
-    store.save(simple(15.0), updates=15)
-    store.save(simple(20.5), updates=20)
+    saved(store, simple(15.0), updates=15)
+    saved(store, simple(20.5), updates=20)
     assert weight(store.latest()) == 20.5
     assert names(store) == ["step_000000015", "step_000000020-2", "step_000000030"]
 
@@ -508,34 +519,35 @@ class Payload:
 
 @pytest.mark.parametrize("how", ["torch", "pickle", "legacy"])
 @pytest.mark.parametrize("alone", [False, True])
-def test_planted_code_does_not_run(tmp_path: Path, how: str, alone: bool) -> None:
+@pytest.mark.parametrize("name", ["state.pt", "rollback.pt"])
+def test_planted_code_does_not_run(tmp_path: Path, how: str, alone: bool, name: str) -> None:
     """Even with a manifest that vouches for it, the file is refused by name."""
     marker = tmp_path / "ran"
     store = CheckpointStore(tmp_path)
     if not alone:
-        store.save(simple(1.0), updates=1)
-    store.save(simple(2.0), updates=2)
+        saved(store, simple(1.0), updates=1)
+    saved(store, simple(2.0), updates=2, further={"rollback.pt": simple(1.0)})
     path = store.folder / "step_000000002"
     state = {"model": {"weight": torch.ones(2)}, "extra": Payload(marker)}
     if how == "pickle":
-        (path / "state.pt").write_bytes(pickle.dumps(state, protocol=2))
+        (path / name).write_bytes(pickle.dumps(state, protocol=2))
     else:
-        torch.save(state, path / "state.pt", _use_new_zipfile_serialization=how == "torch")
-    data = (path / "state.pt").read_bytes()
+        torch.save(state, path / name, _use_new_zipfile_serialization=how == "torch")
+    data = (path / name).read_bytes()
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"]["state.pt"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["files"][name] = {"size": len(data), "sha256": [hashlib.sha256(data).hexdigest()]}
     (path / "manifest.json").write_text(manifest_text(manifest))
     if alone:
-        with pytest.raises(ConfigurationError, match=r"state\.pt"):
+        with pytest.raises(ConfigurationError, match=name):
             store.latest()
     else:
         assert weight(store.latest()) == 1.0
-    assert "state.pt" in store.notes[0]
+    assert f"{name} holds more than tensors" in store.notes[0]
     assert not marker.exists()
     assert names(store)[-1] == "step_000000002.corrupt"
     # The same file, loaded carelessly, does run: the test would see it.
-    with (store.folder / "step_000000002.corrupt" / "state.pt").open("rb") as file:
+    with (store.folder / "step_000000002.corrupt" / name).open("rb") as file:
         if how == "pickle":
             pickle.load(file)
         else:
@@ -557,7 +569,7 @@ def test_what_is_not_plain_is_refused_by_name(tmp_path: Path, value: Any) -> Non
     """The error says where it is, and nothing is written."""
     store = CheckpointStore(tmp_path)
     with pytest.raises(TypeError, match=r"state\['parts'\]\[0\]\['memory'\] is a "):
-        store.save({"parts": [{"memory": value}]}, updates=1)
+        saved(store, {"parts": [{"memory": value}]}, updates=1)
     assert not store.folder.exists()
 
 
@@ -572,11 +584,11 @@ def test_plain_leaves_the_state_alone() -> None:
 def test_file_names_in_a_manifest_stay_in_its_folder(tmp_path: Path) -> None:
     """A manifest can't make us read elsewhere."""
     store = CheckpointStore(tmp_path)
-    path = store.save(simple(1.0), updates=1)
+    path = saved(store, simple(1.0), updates=1)
     assert path is not None
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["files"]["../../other"] = {"size": 1, "sha256": ""}
+    manifest["files"]["../../other"] = {"size": 1, "sha256": []}
     (path / "manifest.json").write_text(manifest_text(manifest))
     with pytest.raises(ConfigurationError, match="names the files"):
         store.latest()
@@ -585,22 +597,17 @@ def test_file_names_in_a_manifest_stay_in_its_folder(tmp_path: Path) -> None:
 # Called
 
 
-def test_due() -> None:
-    """At epoch ends, after so many updates, once for each number of updates."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = CheckpointStore(folder, every_updates=10, every_epochs=2)
-        mid_epoch = [updates for updates in range(35) if store.due(updates=updates, epoch_ended=False, epoch=0)]
-        assert mid_epoch == [10, 20, 30]
-        ends = [epoch for epoch in range(6) if store.due(updates=7, epoch_ended=True, epoch=epoch)]
-        assert ends == [1, 3, 5]
-        store.save(simple(1.0), updates=10)
-        assert not store.due(updates=10, epoch_ended=False, epoch=0)  # a rejected step after it
-        again = CheckpointStore(folder, every_updates=10)
-        again.latest()
-        assert not again.due(updates=10, epoch_ended=False, epoch=0) and again.enabled
-        nothing = CheckpointStore(folder, every_updates=None, every_epochs=0)
-        assert not nothing.enabled
-        assert not any(nothing.due(updates=n, epoch_ended=end, epoch=n) for n in range(99) for end in (False, True))
+def test_due(tmp_path: Path) -> None:
+    """At epoch ends and after so many updates, by the counts alone: whatever was saved, resumed or rolled back."""
+    occasions = CheckpointStore(tmp_path, every_updates=10, every_epochs=2).occasions
+    mid_epoch = [updates for updates in range(35) if occasions.due(updates=updates, epoch_ended=False, epoch=0)]
+    assert mid_epoch == [10, 20, 30]
+    ends = [epoch for epoch in range(6) if occasions.due(updates=7, epoch_ended=True, epoch=epoch)]
+    assert ends == [1, 3, 5]
+    assert occasions.any and not occasions.overdue and not occasions.time_is_up
+    nothing = CheckpointStore(tmp_path, every_updates=None, every_epochs=0).occasions
+    assert not nothing.any
+    assert not any(nothing.due(updates=n, epoch_ended=end, epoch=n) for n in range(99) for end in (False, True))
 
 
 @pytest.mark.parametrize(
@@ -610,6 +617,10 @@ def test_due() -> None:
         ({"keep_last": 1.5}, "checkpoint.keep_last=1.5"),
         ({"every_updates": 0}, "checkpoint.every_updates=0"),
         ({"every_epochs": -1}, "checkpoint.every_epochs=-1: give a whole number, at least 0"),
+        ({"keep_every": 0}, "checkpoint.keep_every=0: give a whole number, at least 1"),
+        ({"every_minutes": 0}, "checkpoint.every_minutes=0: give a number above 0, or null"),
+        ({"every_minutes": float("inf")}, "checkpoint.every_minutes=inf"),
+        ({"asynchronous": "no"}, "checkpoint.asynchronous='no': give true or false"),
         ({"mode": "least"}, "checkpoint.mode='least': give min"),
     ],
 )
@@ -623,8 +634,8 @@ def test_bad_settings_are_refused(tmp_path: Path, settings: dict[str, Any], mess
 def test_load_from_a_given_place(tmp_path: Path) -> None:
     """A checkpoint's folder, the checkpoints' or a run's; a bad one is refused and left where it is."""
     store = CheckpointStore(tmp_path / "a")
-    store.save(simple(1.0), updates=1)
-    store.save(simple(2.0), updates=2)
+    saved(store, simple(1.0), updates=1)
+    saved(store, simple(2.0), updates=2)
     other = CheckpointStore(tmp_path / "b")
     assert weight(other.load(store.folder / "step_000000001")) == 1.0
     assert weight(other.load(tmp_path / "a")) == weight(other.load(str(store.folder))) == 2.0
@@ -640,22 +651,13 @@ def test_load_from_a_given_place(tmp_path: Path) -> None:
 def test_unknown_format_is_refused(tmp_path: Path) -> None:
     """A later version's checkpoint isn't set aside; the message says what to use."""
     store = CheckpointStore(tmp_path)
-    path = store.save(simple(1.0), updates=1)
+    path = saved(store, simple(1.0), updates=1)
     assert path is not None
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["format"] = 2
+    manifest["format"] = 3
     (path / "manifest.json").write_text(manifest_text(manifest))
     for read in (store.latest, lambda: store.load(path)):
-        with pytest.raises(ConfigurationError, match=r"has format 2.*reads format 1; use the version that wrote it"):
+        with pytest.raises(ConfigurationError, match=r"has format 3.*reads format 2; use the version that wrote it"):
             read()
     assert names(store) == ["step_000000001"]
-
-
-def test_counts_are_kept(tmp_path: Path) -> None:
-    """Failures are remembered over a restart."""
-    store = CheckpointStore(tmp_path)
-    store.save(simple(float("nan")), updates=1)
-    again = CheckpointStore(tmp_path)
-    again.load_state_dict(store.state_dict())
-    assert (again.refused, again.errors) == (1, 0)

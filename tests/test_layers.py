@@ -16,8 +16,8 @@ PACKAGE = SOURCE / "stabletrain"
 
 # From the bottom up. A module (or package) imports from lines above its own only, and from itself.
 LAYERS = (
-    {"errors", "finite", "plain", "randomness", "signals", "state", "tree"},
-    {"folder"},
+    {"errors", "plain", "randomness", "signals", "state", "tree"},
+    {"collectives", "finite", "folder"},
     {"sealed"},
     {
         "augmentation",
@@ -39,10 +39,11 @@ LAYERS = (
         "task",
         "tracking",
     },
+    {"weights"},
     {"trainer"},
     {"assembly"},
     {"build", "config"},
-    {"sweep"},
+    {"export", "sweep"},
     {"__main__"},
 )
 MAY_USE_HYDRA = {"build", "config", "sweep", "__main__"}

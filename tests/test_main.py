@@ -168,7 +168,7 @@ def test_somebodys_own_configs_and_code(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "'trian' is no command; allowed: train. Did you mean 'train'?"),
+        (["trian"], "'trian' is no command; allowed: train, export. Did you mean 'train'?"),
         (["preset=saef"], "preset=saef is no option; allowed: normal, safe, stable. Did you mean 'safe'?"),
         (["precision=bf61"], "allowed: bf16, fp16, fp16_conservative, fp32, tf32. Did you mean 'bf16'?"),
         (["gaurd=skip"], "unknown key 'gaurd'. Did you mean 'guard'?"),

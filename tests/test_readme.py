@@ -74,6 +74,8 @@ def test_the_commands_of_stabletrain(commands: list[str], installed: Installatio
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         if "--cfg" in words:
             assert "max_norm" not in done.stdout
+        elif "export" in words:
+            assert "model.safetensors: the weights of runs/base/checkpoints/" in done.stdout
         else:
             assert re.search(r"0 of \d+ steps were rejected|completed", done.stdout), command
     run = tmp_path / "runs" / "first"
@@ -146,6 +148,14 @@ def test_the_notebook(installed: Installation, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("completed {'loss'")
     assert (tmp_path / "runs" / "notebook" / "summary.json").exists()
+
+
+def test_a_trained_model_is_loaded(installed: Installation, tmp_path: Path) -> None:
+    done = installed.run("python", "-m", "stabletrain", "name=mine", "epochs=1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = f"import torch\nimages = torch.zeros(3, 1, 8, 8)\n{python_block('inference')}print(classes.shape)"
+    done = installed.run("python", "-W", "error", "-c", text, folder=tmp_path)
+    assert done.stdout.strip() == "torch.Size([3])", done.stderr
 
 
 def test_your_own_model_and_data_take_at_most_20_lines() -> None:

@@ -265,7 +265,7 @@ def test_calm_does_not_give_back_a_rate_that_is_to_blame(tmp_path: Path, blame_r
     lowered(run, after=30, blame_rate=blame_rate)
     assert run.rollback.factor(10**6) == highest
     again = Rollback(run.rollback.policy)
-    again.load_state_dict(run.rollback.state_dict(0), run)
+    again.load_state_dict(run.rollback.state_dict(0))
     assert again.factor(10**6) == highest
 
 
@@ -316,7 +316,8 @@ def test_a_checkpoint_in_the_middle_of_trouble_keeps_the_state_to_return_to(tmp_
     run.progress.updates = 60
     diverge(run)
     save(run)
-    assert run.folder is not None
+    assert run.folder is not None and run.checkpoint is not None
+    run.checkpoint.wait()
     run.folder.__exit__(None, None, None)
     again = make(tmp_path, checkpoint=CheckpointStore)
     resume(again)

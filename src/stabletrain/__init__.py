@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stabletrain.assembly import assemble, fit
     from stabletrain.errors import ConfigurationError, Interrupted, UnstableTraining
+    from stabletrain.export import load_model
     from stabletrain.guard import Policy, StepGuard, Verdict
     from stabletrain.trainer import Run, Summary, train
 
@@ -22,6 +23,7 @@ _HOMES = {
     "ConfigurationError": "stabletrain.errors",
     "Interrupted": "stabletrain.errors",
     "UnstableTraining": "stabletrain.errors",
+    "load_model": "stabletrain.export",
     "Policy": "stabletrain.guard",
     "StepGuard": "stabletrain.guard",
     "Verdict": "stabletrain.guard",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "assemble",
     "fit",
+    "load_model",
     "train",
 ]
 

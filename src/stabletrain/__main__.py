@@ -1,4 +1,4 @@
-"""The door: `python -m stabletrain [train] [key=value ...]`; picks the command, composes, maps exit codes."""
+"""The door: `python -m stabletrain [train|export] [key=value ...]`; picks the command, composes, maps exit codes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import site
 import sys
 import sysconfig
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -92,7 +93,27 @@ def train(arguments: Sequence[str], debug: bool = False) -> int:
     return codes[0] if len(codes) > 0 else COMPLETED  # no job at all: --help, --cfg, --info
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], bool], int]] = {"train": train}  # the first one is the default
+def export(arguments: Sequence[str], debug: bool = False) -> int:
+    """Write a run's weights for others to read; see `stabletrain.export.export`."""
+    usage = "python -m stabletrain export run=<folder> [checkpoint=best|last|<name>] [to=<folder>]"
+    if set(arguments) & {"-h", "--help"}:
+        print(f"Write a run's weights as model.safetensors, with the config.yaml of its model.\nusage: {usage}")
+        return COMPLETED
+    given = configs.named_words([word for word in arguments if not word.startswith("debug=")], usage)
+    from stabletrain.export import export as write
+
+    try:
+        print(write(**given))
+    except Exception as error:
+        return _report(error, debug)
+    return COMPLETED
+
+
+# The first one is the default.
+COMMANDS: dict[str, Callable[[Sequence[str], bool], int]] = {
+    "train": train,
+    "export": export,
+}  # the first one is the default
 
 
 # ------------------------------------------------------------------------------------------------------------ jobs
@@ -214,6 +235,13 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 def _report(error: BaseException, debug: bool) -> int:
     """Write one message for an error to stderr, with its traceback under `debug`, and return the exit code."""
     message, code = _message(error)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        if code in (UNSTABLE, INTERRUPTED):
+            return code  # common to all processes, and told by the first
+        # The first process says what concerns all, and the launcher ends the others; what is left is this one's own.
+        time.sleep(2.0)
+        message = f"process {rank}: {message}"
     if debug:
         traceback.print_exception(type(error), error, error.__traceback__)
     hint = "; debug=true shows the traceback" if code == FAILED and not debug else ""
@@ -229,7 +257,10 @@ def _message(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Interrupted):
         return str(error), INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted before anything was saved", FAILED
+        return (
+            "interrupted at once, without saving; the same command continues from the last checkpoint, if there is one",
+            FAILED,
+        )
     if isinstance(error, OSError) and error.errno in _DISK and _users_line(error) is None:
         return (
             f"can't write {error.filename or 'to disk'}: {error.strerror}. Give room or another folder.",

@@ -5,6 +5,7 @@ Without Hydra, so that a notebook builds the same run as the command line does.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,17 +16,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stabletrain.augmentation import Unchanged
-from stabletrain.checkpoint import CheckpointStore, nonfinite_names
+from stabletrain.checkpoint import CheckpointStore, has_checkpoints, nonfinite_names
 from stabletrain.clipping import Clipping, NoClipping, Norm
 from stabletrain.data import Loader, OrderedLoader, Splits
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.errors import ConfigurationError
 from stabletrain.fault import Fault, NoFault, Surroundings
-from stabletrain.folder import RunFolder
+from stabletrain.folder import RunFolder, yaml_text
 from stabletrain.guard import Policy, StepGuard
 from stabletrain.incident import IncidentStore
 from stabletrain.loss import CrossEntropy
-from stabletrain.optimizer import adamw
+from stabletrain.optimizer import adamw, hyperparameters
+from stabletrain.parallel import SingleProcess
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp, Stage
@@ -34,6 +36,7 @@ from stabletrain.task import Classification, Task
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, Summary, train
 from stabletrain.trainer.rollback import Rollback
+from stabletrain.weights import put_weights, read_weights
 
 
 def assemble(
@@ -58,6 +61,9 @@ def assemble(
     tracking: Callable[[Path | None], Tracker] = Tracker,
     folder: Path | str | None = None,
     resume: str = "auto",
+    init_from: Path | str | None = None,
+    init_strict: bool = True,
+    parallel: SingleProcess | None = None,
     device: str = "auto",
     workers: int = 0,
     validate_from: int = 0,
@@ -70,8 +76,8 @@ def assemble(
         model: to train, already initialised.
         splits: training, validation and test data.
         epochs: passes over the training data.
-        batch_size: samples per step.
-        accumulate: microbatches that a step is divided into.
+        batch_size: samples per step, of all processes together.
+        accumulate: microbatches that a step is divided into on each process.
         seed: decides the order of the samples and everything drawn at random.
         task: how a microbatch becomes a loss; None: classification with cross entropy.
         optimizer: makes the optimizer from the parameters.
@@ -87,10 +93,14 @@ def assemble(
         tracking: makes the tracker from the run's folder.
         folder: where the run leaves its files; None: it leaves none.
         resume: `auto`, `never` (what the folder holds is set aside), `must`, or the path of a checkpoint.
+        init_from: weights to begin with: a checkpoint's, a run's or an exported folder, or a `.safetensors` file. A run
+            that goes on from a checkpoint of its own doesn't read it.
+        init_strict: whether they must fit in every name and shape; otherwise what fits is taken.
+        parallel: how several processes train together; None: one process.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         workers: processes that read samples; 0: this one. Data in memory needs none.
         validate_from: updates before which nothing is validated.
-        settings: the resolved config, for the record.
+        settings: the resolved config, from which the model can be built again and with which a resumed run is compared.
         overrides: what was given on the command line, for the record.
 
     Returns:
@@ -100,11 +110,22 @@ def assemble(
         ConfigurationError: for parts that don't fit each other.
     """
     _check_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate)
-    place = find_device(device)
+    parallel = parallel if parallel is not None else SingleProcess()
+    place = parallel.join(find_device(device))
+    ranks = parallel.ranks
     model = model.to(place)
+    started_from = _initialise(model, init_from, init_strict, folder, resume)
     loader = Loader(
-        splits.train, batch_size=batch_size, accumulate=accumulate, seed=seed, workers=workers, device=place
+        splits.train,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        seed=seed,
+        workers=workers,
+        device=place,
     )
+    model = parallel.prepare(model)
     chosen_precision = precision(device=place)
     chosen_optimizer = optimizer(model.parameters())
     chosen_ramp = Ramp(ramp)
@@ -123,10 +144,12 @@ def assemble(
         clip=None if isinstance(clipping, NoClipping) else clipping,
         scaler=chosen_precision.scaler,
         policy=guard,
+        ranks=ranks,
     )
     chosen_fault = fault or NoFault()
     notes = [
         *splits.notes,
+        *started_from,
         *chosen_fault.check(
             Surroundings(
                 model=model,
@@ -140,15 +163,19 @@ def assemble(
     quarantine = Quarantine()
     if guard.quarantine is not None:
         quarantine.take(guard.quarantine, len(splits.train))
-    run_folder = RunFolder(folder) if folder is not None else None
-    if run_folder is not None and resume == "never":
-        run_folder.set_aside()
-    store = checkpoint(run_folder.path) if run_folder is not None else None
-    incidents = _incidents(run_folder, guard)
+    run_folder = ranks.from_first_alone(lambda: _folder(folder, resume))
+    fingerprint = splits.fingerprint()
+    store = checkpoint(Path(folder)) if folder is not None else None
+    incidents = _incidents(folder, guard)
+    tracker = tracking(run_folder.path if run_folder is not None else None)
+    if not ranks.first:
+        tracker.mute()
     if store is not None:
         store.exempt(nonfinite_names(model.state_dict()))
+        store.facts = {"config": _sha256(settings or {}), "data": fingerprint}
     return Run(
         model=model,
+        network=parallel.wrap(model),
         task=task or Classification(CrossEntropy()),
         optimizer=chosen_optimizer,
         loader=loader,
@@ -161,7 +188,8 @@ def assemble(
         guard=step_guard,
         ema=average,
         checkpoint=store,
-        tracker=tracking(run_folder.path if run_folder is not None else None),
+        tracker=tracker,
+        parallel=parallel,
         epochs=epochs,
         total_steps=total_steps,
         validate_from=validate_from,
@@ -176,11 +204,13 @@ def assemble(
         identity={
             "seed": seed,
             "batch_size": batch_size,
-            "accumulate": accumulate,
+            "microbatch": batch_size // (accumulate * ranks.size),
             "ramp": chosen_ramp.description(),
-            "data": splits.fingerprint(),
+            "data": fingerprint,
+            "optimizer class": f"{type(chosen_optimizer).__module__}.{type(chosen_optimizer).__qualname__}",
         },
         notes=notes,
+        hyperparameters=hyperparameters(chosen_optimizer),
         settings=settings or {},
         overrides=list(overrides),
     )
@@ -238,10 +268,39 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _incidents(folder: RunFolder | None, guard: Policy) -> IncidentStore | None:
+def _initialise(
+    model: nn.Module, source: Path | str | None, strict: bool, folder: Path | str | None, resume: str
+) -> list[str]:
+    """Put the weights of `source` into the model, unless the run goes on from a checkpoint; say what was done."""
+    if source is None:
+        return []
+    if resume not in ("auto", "never") or (resume == "auto" and folder is not None and has_checkpoints(folder)):
+        return [f"init_from={source} isn't read, because the run goes on from a checkpoint of its own"]
+    hint = "Take what fits with init_strict=false, or use the model that these weights are of." if strict else ""
+    try:
+        return [f"init_from: {put_weights(model, read_weights(source), strict=strict, hint=hint)}"]
+    except ConfigurationError as error:
+        raise ConfigurationError(f"init_from={source}: {error}") from error
+
+
+def _sha256(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(yaml_text(settings).encode()).hexdigest()
+
+
+def _folder(folder: Path | str | None, resume: str) -> RunFolder | None:
+    """Lock the run's folder, and set aside what an earlier run left there if it isn't to go on."""
     if folder is None:
         return None
-    return IncidentStore(folder.path, max_incidents=guard.max_incidents, max_bytes=guard.max_incident_bytes)
+    run_folder = RunFolder(folder)
+    if resume == "never":
+        run_folder.set_aside()
+    return run_folder
+
+
+def _incidents(folder: Path | str | None, guard: Policy) -> IncidentStore | None:
+    if folder is None:
+        return None
+    return IncidentStore(folder, max_incidents=guard.max_incidents, max_bytes=guard.max_incident_bytes)
 
 
 def _ordered(dataset: Any, batch_size: int, workers: int, device: torch.device) -> OrderedLoader | None:

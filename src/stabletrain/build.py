@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from stabletrain.assembly import assemble
-from stabletrain.data import Splits, split_dataset
+from stabletrain.data import Splits, split_dataset, with_facts
 from stabletrain.errors import ConfigurationError
 from stabletrain.randomness import key, keyed_all
 
@@ -31,8 +31,10 @@ RUN_TIME: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # group: (position
     "checkpoint": (("folder",), ()),
     "tracking": (("folder",), ()),
 }
-ROOT_ARGUMENTS = ("epochs", "batch_size", "accumulate", "seed", "device", "workers", "resume", "validate_from")
-AUTO_GROUPS = ("model", "loss", "augmentation", "fault")  # groups in which the value `auto` is taken from the data
+ROOT_ARGUMENTS = (
+    *("epochs", "batch_size", "accumulate", "seed", "device", "workers", "resume", "init_from", "init_strict"),
+    "validate_from",
+)
 
 
 class PartFailed(RuntimeError):
@@ -57,22 +59,18 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
     seed = config["seed"]
     with keyed_all(key(seed, "data")):
         splits = _splits(_part("data", config), seed)
+    config = with_facts(config, splits)
     schedule = {**config["schedule"]}
     ramp = schedule.pop("ramp", None) or ()  # the trainer's, whatever the schedule
-    config_here = _with_facts({**config, "schedule": schedule}, splits)
-    parts = {
-        group: _part(group, config_here) for group in ("loss", "augmentation", "guard", "clipping", "fault", *RUN_TIME)
-    }
-    with keyed_all(key(seed, "model")):
-        model = _part("model", config_here)
-    if not isinstance(model, nn.Module):
-        target = config["model"]["_target_"]
-        raise ConfigurationError(f"model: {target} built a {type(model).__name__}; it must build a torch.nn.Module.")
+    options = {**config, "schedule": schedule}
+    groups = ("loss", "augmentation", "guard", "clipping", "fault", "parallel", *RUN_TIME)
+    parts = {group: _part(group, options) for group in groups}
+    model = build_model(config)
     loss, make_task = parts.pop("loss"), parts.pop("task")
     with _named("loss", config):
         loss = loss.simplified(config["loss_mode"]) if hasattr(loss, "simplified") else loss
     return assemble(
-        _part("parallel", config).wrap(model),
+        model,
         splits,
         task=make_task(loss),
         **parts,
@@ -82,6 +80,24 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
         settings=config,
         overrides=overrides,
     )
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """Build the model that a config names, with the weights that its seed gives.
+
+    Args:
+        config: plain settings in which no `auto` is left, as a checkpoint holds them.
+
+    Raises:
+        ConfigurationError: the model can't be built from these options.
+        PartFailed: its own code failed.
+    """
+    with keyed_all(key(config["seed"], "model")):
+        model = _part("model", config)
+    if not isinstance(model, nn.Module):
+        target = config["model"]["_target_"]
+        raise ConfigurationError(f"model: {target} built a {type(model).__name__}; it must build a torch.nn.Module.")
+    return model
 
 
 def _part(group: str, config: dict[str, Any]) -> Any:
@@ -135,29 +151,3 @@ def _named(group: str, config: dict[str, Any]) -> Iterator[None]:
 def _splits(data: Any, seed: int) -> Splits:
     """Return what a `data` option built; a bare map-style data set is divided by the seed."""
     return data if isinstance(data, Splits) else split_dataset(data, seed=seed)
-
-
-def _with_facts(config: dict[str, Any], splits: Splits) -> dict[str, Any]:
-    """Return the config with each `auto` in the options of AUTO_GROUPS replaced by what the data tells."""
-
-    def fill(path: str, name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {inner: fill(f"{path}.{inner}", inner, item) for inner, item in value.items()}
-        if isinstance(value, list):
-            return [fill(f"{path}[{position}]", name, item) for position, item in enumerate(value)]
-        if value != "auto":
-            return value
-        if name not in splits.facts:
-            known = ", ".join(f"{fact}={_short(told)}" for fact, told in splits.facts.items())
-            raise ConfigurationError(
-                f"{path} is auto, but the data ({splits.name}) doesn't tell {name}; it tells {known or 'nothing'}. "
-                f"Give it as {path}=<value>."
-            )
-        return splits.facts[name]
-
-    return {group: fill(group, group, node) if group in AUTO_GROUPS else node for group, node in config.items()}
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

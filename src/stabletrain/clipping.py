@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stabletrain.errors import ConfigurationError
 from stabletrain.finite import limit_norm
+from stabletrain.tree import local
 
 
 class Clipping(Protocol):
@@ -102,7 +103,7 @@ class Value:
                 summed.values().clamp_(-self.max_value, self.max_value)
                 gradient.copy_(summed)
             else:
-                gradient.clamp_(-self.max_value, self.max_value)
+                local(gradient).clamp_(-self.max_value, self.max_value)
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -53,6 +53,13 @@ class ExponentialMovingAverage:
         self.average = {name: _wide(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
     @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Begin anew from these parameters."""
+        for tensor, parameter in zip(self.average.values(), model.parameters(), strict=True):
+            tensor.copy_(parameter)
+        self.updates = 0
+
+    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the parameters after an update."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))

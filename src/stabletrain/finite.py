@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from stabletrain.tree import is_distributed, local
 
 
 def sizes(tensors: Sequence[Tensor], order: float = 2.0, *, exact: bool = False) -> Tensor:
     """Return the norm of each tensor; a norm is NaN or Inf if an element is.
 
     Args:
-        tensors: dense floating tensors of any shapes on one device.
+        tensors: dense floating tensors of any shapes on one device; of a sharded one, this rank's part is measured.
         order: 2.0 for the Euclidean norm, `math.inf` for the largest magnitude.
         exact: sum in float64, so that squares of finite float32 elements can't overflow.
 
@@ -26,19 +29,20 @@ def sizes(tensors: Sequence[Tensor], order: float = 2.0, *, exact: bool = False)
     """
     if not tensors:
         return torch.zeros(0)
-    wide = torch.float64 if exact or any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    dtype = None if all(tensor.dtype == wide for tensor in tensors) else wide
-    return torch.stack([norm.to(wide) for norm in torch._foreach_norm(list(tensors), order, dtype=dtype)])
+    parts = [local(tensor) for tensor in tensors]
+    wide = torch.float64 if exact or any(tensor.dtype == torch.float64 for tensor in parts) else torch.float32
+    dtype = None if all(tensor.dtype == wide for tensor in parts) else wide
+    return torch.stack([norm.to(wide) for norm in torch._foreach_norm(parts, order, dtype=dtype)])
 
 
 def global_norm(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
     """Return the Euclidean norm of all elements of all tensors together.
 
     Sparse tensors count with their summed values. Tensors on several devices are measured where they are and
-    combined on the first one's device.
+    combined on the first one's device. Sharded tensors are measured on all ranks, which have to ask at once.
 
     Args:
-        tensors: floating tensors, dense or sparse COO.
+        tensors: floating tensors, dense, sparse COO or sharded.
         exact: sum in float64: a finite gradient of 3e19 has a finite norm then.
 
     Returns:
@@ -53,6 +57,8 @@ def global_norm(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
+    if any(is_distributed(tensor) for tensor in tensors):
+        return _norm_over_ranks(tensors, exact=exact)
     dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
     first = dense[0].device
     devices = {tensor.device for tensor in dense}
@@ -64,6 +70,27 @@ def global_norm(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
     return combined
 
 
+def _norm_over_ranks(tensors: Sequence[Tensor], *, exact: bool) -> Tensor:
+    """Combine the shards' norms, by one reduction for each way in which tensors are divided."""
+    import torch.distributed as dist
+
+    divided: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups: tuple[dist.ProcessGroup, ...] = ()  # those among which it is divided
+        if is_distributed(tensor):
+            mesh, placements = tensor.device_mesh, tensor.placements
+            groups = tuple(mesh.get_group(axis) for axis, place in enumerate(placements) if place.is_shard())
+        divided.setdefault(groups, []).append(local(tensor))
+    squares = []
+    for groups, parts in divided.items():
+        square = global_norm(parts, exact=exact).double().square()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
+    norm: Tensor = torch.stack(squares).sum().sqrt()
+    return norm if exact else norm.float()
+
+
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return whether every element of every floating tensor is finite, as a tensor on their device (no wait).
 
@@ -71,7 +98,8 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         >>> bool(all_finite([torch.ones(2), torch.tensor([float("nan")])]))
         False
     """
-    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel() > 0]
+    parts = [local(tensor) for tensor in tensors]
+    floating = [tensor for tensor in parts if tensor.is_floating_point() and tensor.numel() > 0]
     return torch.isfinite(sizes(floating, math.inf)).all() if floating else torch.ones((), dtype=torch.bool)
 
 
@@ -83,7 +111,7 @@ def first_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str | None:
         'bias: 1 of 2 elements NaN'
     """
     for name, tensor in named:
-        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        values = tensor.coalesce().values() if tensor.is_sparse else local(tensor)
         if not values.is_floating_point():
             continue
         nan, inf = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
@@ -102,7 +130,7 @@ def scale_all(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
         >>> gradient
         tensor([0.5000, 0.5000])
     """
-    dense = [gradient for gradient in gradients if not gradient.is_sparse]
+    dense = [local(gradient) for gradient in gradients if not gradient.is_sparse]
     for gradient in gradients:
         if gradient.is_sparse:
             gradient.mul_(factor)

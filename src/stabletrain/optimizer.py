@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import Parameter
@@ -148,6 +149,65 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return float(optimizer.param_groups[0]["lr"])
+
+
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return each parameter group's settings, without the parameters.
+
+    Example:
+        >>> hyperparameters(adamw([Parameter(torch.zeros(2))], lr=1e-3))[0]["lr"]
+        0.001
+    """
+    names = ("params", "param_names")
+    return [
+        {name: copy.deepcopy(value) for name, value in group.items() if name not in names}
+        for group in optimizer.param_groups
+    ]
+
+
+def with_changed(
+    state: dict[str, Any], before: list[dict[str, Any]], now: list[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """Put the settings that were changed since a state was saved into it; the others stay as training left them.
+
+    An optimizer takes its settings from the state that it loads, so a new learning rate would be lost.
+
+    Args:
+        state: the optimizer's saved state.
+        before: settings of the groups as they were built in the run that saved it.
+        now: settings of the groups as they are built now.
+
+    Returns:
+        The state to load, and by name what was changed: before and now.
+
+    Raises:
+        ConfigurationError: there are more groups or fewer.
+
+    Example:
+        >>> saved = {"state": {}, "param_groups": [{"lr": 0.0004, "initial_lr": 0.001, "eps": 1e-8, "params": [0]}]}
+        >>> state, changed = with_changed(saved, [{"lr": 0.001, "eps": 1e-8}], [{"lr": 0.005, "eps": 1e-8}])
+        >>> state["param_groups"], changed
+        ([{'lr': 0.005, 'initial_lr': 0.005, 'eps': 1e-08, 'params': [0]}], {'lr': (0.001, 0.005)})
+    """
+    if len(before) != len(now):
+        raise ConfigurationError(
+            f"the optimizer had {len(before)} parameter groups and has {len(now)}; group the parameters as before."
+        )
+    groups: list[dict[str, Any]] = []
+    changed: dict[str, tuple[Any, Any]] = {}
+    for saved, old, new in zip(state["param_groups"], before, now, strict=True):
+        differing = {name: value for name, value in new.items() if name not in old or not _equal(old[name], value)}
+        changed |= {name: (old.get(name), value) for name, value in differing.items()}
+        if "lr" in differing and "initial_lr" in saved:
+            differing["initial_lr"] = differing["lr"]  # the base rate, from which `set_learning_rate` goes
+        groups.append({**saved, **differing})
+    return {**state, "param_groups": groups}, changed
+
+
+def _equal(one: Any, other: Any) -> bool:
+    # A pair may come back from a file as a list.
+    pairs = (list, tuple)
+    return list(one) == list(other) if isinstance(one, pairs) and isinstance(other, pairs) else bool(one == other)
 
 
 def _check(parameters: Iterable[Parameter], *, betas: Iterable[float] = (), **numbers: float) -> list[Parameter]:

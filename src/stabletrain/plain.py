@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,20 @@ _AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, torch.Size, t
 _NUMPY_KINDS = "biufc"  # booleans, whole numbers, floating point, complex
 
 
-def plain(value: Any, name: str) -> Any:
+def in_host_memory(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the tensor without its gradient and in the CPU's memory, shared where it is there already."""
+    return tensor.detach().cpu()
+
+
+def plain(value: Any, name: str, tensor: Callable[[torch.Tensor, str], torch.Tensor] = in_host_memory) -> Any:
     """Return `value` with everything that a file of ours can't hold turned into what it can.
 
-    Tensors are taken without their gradient and in the CPU's memory (shared where they are there already), numpy
-    numbers become Python's, numpy arrays become tensors, frozen sets become sets.
+    Containers are made anew, numpy numbers become Python's, numpy arrays become tensors, frozen sets become sets.
 
     Args:
         value: a tree of dictionaries, lists, tuples and sets.
         name: what to call it in an error.
+        tensor: what becomes of each tensor, which it gets together with the tensor's name.
 
     Raises:
         TypeError: something in it has a type that needs code to load; says where.
@@ -34,13 +40,13 @@ def plain(value: Any, name: str) -> Any:
     if kind in _AS_THEY_ARE:
         return value
     if kind in (torch.Tensor, torch.nn.Parameter):
-        return value.detach().cpu()
+        return tensor(value, name)
     if kind in (dict, defaultdict):
-        return {_key(item, name): plain(content, f"{name}[{item!r}]") for item, content in value.items()}
+        return {_key(item, name): plain(content, f"{name}[{item!r}]", tensor) for item, content in value.items()}
     if kind is OrderedDict:
-        return _ordered(value, name)
+        return _ordered(value, name, tensor)
     if kind in (list, tuple):
-        return kind(plain(content, f"{name}[{position}]") for position, content in enumerate(value))
+        return kind(plain(content, f"{name}[{position}]", tensor) for position, content in enumerate(value))
     if kind in (set, frozenset):
         return {plain(content, f"an item of {name}") for content in value}
     if isinstance(value, np.generic) and type(value.item()) in _AS_THEY_ARE:
@@ -57,8 +63,10 @@ def _key(key: Any, name: str) -> Any:
     return plain(key, f"a key of {name}")
 
 
-def _ordered(value: OrderedDict[Any, Any], name: str) -> OrderedDict[Any, Any]:
-    result = OrderedDict((_key(item, name), plain(content, f"{name}[{item!r}]")) for item, content in value.items())
+def _ordered(value: OrderedDict[Any, Any], name: str, tensor: Callable[..., torch.Tensor]) -> OrderedDict[Any, Any]:
+    result = OrderedDict(
+        (_key(item, name), plain(content, f"{name}[{item!r}]", tensor)) for item, content in value.items()
+    )
     # A module's state_dict notes there which version of each module wrote it.
     for attribute, content in vars(value).items():
         setattr(result, attribute, plain(content, f"{name}.{attribute}"))

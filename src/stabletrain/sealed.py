@@ -10,8 +10,12 @@ import json
 import os
 import pickle
 import platform
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -20,48 +24,111 @@ from stabletrain.errors import ConfigurationError
 from stabletrain.folder import json_text, write_all, write_whole
 
 MANIFEST_NAME = "manifest.json"
-_CHUNK = 1 << 20  # bytes
+CHUNK = 32 << 20  # bytes that one hash covers, so that the chunks of a large file can be verified side by side
+_PIECE = 1 << 20  # bytes that are read or written at once
 
-Entry = dict[str, Any]  # `size` in bytes and `sha256` of a file
+_VERIFIERS = 8  # threads
+
+Entry = dict[str, Any]  # `size` in bytes of a file, and `sha256` of each of its chunks
 
 
 class Damaged(Exception):
     """A file is torn, altered or harmful: says which one and what about it."""
 
 
-class _HashingFile:
-    """What `torch.save` writes to: passes everything on to the disk and to a running hash."""
+class Cancelled(Exception):
+    """Writing a file was given up, because nobody wants it any more."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.hash = hashlib.sha256()
+
+def _never() -> bool:
+    return False
+
+
+class _HashingFile:
+    """What `torch.save` writes to: passes everything on to the disk and to the hash of the current chunk."""
+
+    def __init__(self, descriptor: int, cancelled: Callable[[], bool]) -> None:
+        self._descriptor, self._cancelled = descriptor, cancelled
+        self._hashes: list[Any] = [hashlib.sha256()]
         self.size = 0
-        self.error: OSError | None = None
+        self.error: OSError | Cancelled | None = None
 
     def write(self, data: Any) -> int:
-        piece = memoryview(data).cast("B")
+        rest = memoryview(data).cast("B")
+        written = len(rest)
         try:
-            write_all(self._descriptor, piece)
-        except OSError as error:
+            while len(rest) > 0:
+                rest = rest[self._write_piece(rest[: min(_PIECE, CHUNK - self.size % CHUNK)]) :]
+        except (OSError, Cancelled) as error:
             self.error = error
             raise
-        self.hash.update(piece)
+        return written
+
+    def _write_piece(self, piece: memoryview) -> int:
+        if self._cancelled():
+            raise Cancelled("given up")
+        write_all(self._descriptor, piece)
+        if self.size > 0 and self.size % CHUNK == 0:
+            self._hashes.append(hashlib.sha256())
+        self._hashes[-1].update(piece)
         self.size += len(piece)
         return len(piece)
 
     def flush(self) -> None:
         """Nothing is held back."""
 
+    def entry(self) -> Entry:
+        return {"size": self.size, "sha256": [running.hexdigest() for running in self._hashes]}
 
-def write_tensors(path: Path, tree: dict[str, Any]) -> Entry:
-    """Write a tree that `plain` returned and flush it to the disk; return size and hash of what was written."""
+
+class _WithoutChecksums:
+    """Switches zip's own checksums off inside the block; several threads may be in one at a time.
+
+    The sha256 sees more, and they would take as long as all the rest.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch.serialization.get_crc32_options()
+                torch.serialization.set_crc32_options(False)
+            self._inside += 1
+
+    def __exit__(self, *details: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.serialization.set_crc32_options(self._before)
+
+
+_without_checksums = _WithoutChecksums()
+
+
+def write_tensors(path: Path, tree: dict[str, Any], cancelled: Callable[[], bool] = _never) -> Entry:
+    """Write a tree that `plain` returned and flush it to the disk.
+
+    Args:
+        path: the file, which must not be there.
+        tree: tensors and plain containers.
+        cancelled: asked now and then; True gives up.
+
+    Returns:
+        Size and hashes of what was written.
+
+    Raises:
+        OSError: the disk refused.
+        Cancelled: it was given up.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    file = _HashingFile(descriptor)
-    crc32 = torch.serialization.get_crc32_options()
+    file = _HashingFile(descriptor, cancelled)
     try:
-        # The sha256 sees more than zip's own checksums, which would take as long as all the rest.
-        torch.serialization.set_crc32_options(False)
-        torch.save(tree, file)  # type: ignore[arg-type]  # it asks for `write` and `flush` alone
+        with _without_checksums:
+            torch.save(tree, file)  # type: ignore[arg-type]  # it asks for `write` and `flush` alone
         os.fsync(descriptor)
     except RuntimeError as error:
         # Closing its archive after a failed write, torch raises an error of its own that hides the disk's.
@@ -69,16 +136,17 @@ def write_tensors(path: Path, tree: dict[str, Any]) -> Entry:
             raise file.error from error
         raise
     finally:
-        torch.serialization.set_crc32_options(crc32)
         os.close(descriptor)
-    return {"size": file.size, "sha256": file.hash.hexdigest()}
+    return file.entry()
 
 
 def write_text(path: Path, text: str) -> Entry:
-    """Write a text as UTF-8; return size and hash of what was written."""
+    """Write a text as UTF-8; return size and hashes of what was written."""
     content = text.encode()
     write_whole(path, content)
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    chunks = range(0, max(len(content), 1), CHUNK)
+    hashes = [hashlib.sha256(content[first : first + CHUNK]).hexdigest() for first in chunks]
+    return {"size": len(content), "sha256": hashes}
 
 
 def versions() -> dict[str, str]:
@@ -117,7 +185,7 @@ def read_manifest(path: Path, *, what: str, version: int, needed: str) -> dict[s
                 f"{version}; use the version that wrote it: {manifest.get('versions')}"
             )
         manifest["files"] = {
-            str(name): {"size": int(entry["size"]), "sha256": str(entry["sha256"])}
+            str(name): {"size": int(entry["size"]), "sha256": [str(one) for one in entry["sha256"]]}
             for name, entry in manifest["files"].items()
         }
     except FileNotFoundError as error:
@@ -144,32 +212,62 @@ def verify(path: Path, entry: Entry) -> None:
         Damaged: it is missing or differs.
         OSError: it can't be read now.
     """
-    running = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != entry["size"]:
-                raise Damaged(f"{path.name} has {size} bytes, its manifest says {entry['size']}")
-            while chunk := file.read(_CHUNK):
-                running.update(chunk)
-    except FileNotFoundError as error:
-        raise Damaged(f"{path.name} is missing") from error
-    if running.hexdigest() != entry["sha256"]:
-        raise Damaged(f"{path.name} is not what was written: its sha256 differs from the manifest's")
+    with _verifying(path, entry):
+        pass
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path, entry: Entry) -> dict[str, Any]:
     """Read what `write_tensors` wrote to host memory, without running any code that the file may hold.
 
+    The file is verified while it is read, and nothing of it is returned unless it is what was written.
+
     Raises:
-        Damaged: it isn't whole, or holds anything but tensors and plain containers.
+        Damaged: it is missing or differs, or holds anything but tensors and plain containers.
         OSError: it can't be read now.
     """
-    try:
-        with path.open("rb") as file:
+    with _verifying(path, entry) as file:
+        try:
             tree = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise Damaged(f"{path.name} holds more than tensors and plain containers, or isn't whole: {error}") from error
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise Damaged(
+                f"{path.name} holds more than tensors and plain containers, or isn't whole: {error}"
+            ) from error
     if not isinstance(tree, dict):
         raise Damaged(f"{path.name} holds a {type(tree).__name__}, expected a dictionary")
     return tree
+
+
+@contextmanager
+def _verifying(path: Path, entry: Entry) -> Iterator[BinaryIO]:
+    """Open a file and hash its chunks in threads while the block runs; what they find counts before its own errors."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise Damaged(f"{path.name} is missing") from error
+    with file, ThreadPoolExecutor(min(_VERIFIERS, os.cpu_count() or 1)) as threads:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry["size"]:
+            raise Damaged(f"{path.name} has {size} bytes, its manifest says {entry['size']}")
+        chunks = [threads.submit(_chunk_hash, file.fileno(), first) for first in range(0, max(size, 1), CHUNK)]
+        try:
+            yield file
+        finally:
+            if [chunk.result() for chunk in chunks] != entry["sha256"]:
+                raise Damaged(f"{path.name} is not what was written: its sha256 differs from the manifest's")
+
+
+def _chunk_hash(descriptor: int, first: int) -> str:
+    running, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    place = first
+    while (read := os.preadv(descriptor, [buffer[: first + CHUNK - place]], place)) > 0:
+        running.update(buffer[:read])
+        place += read
+    return running.hexdigest()
+
+
+def seal(path: Path) -> Entry:
+    """Flush a file that somebody else's code has written to the disk, and return its size and hashes."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+        return {"size": size, "sha256": [_chunk_hash(file.fileno(), first) for first in range(0, max(size, 1), CHUNK)]}

@@ -7,11 +7,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-ASKED = (signal.SIGTERM, signal.SIGINT)
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Signals:
-    """Notes SIGTERM and SIGINT inside the block. A second one does what it always does: it ends the process at once.
+    """Notes SIGTERM, SIGINT and SIGUSR1 inside the block.
+
+    A second one does what it always does: it ends the process at once.
 
     Outside the main thread, where Python delivers no signals, nothing is noted.
 

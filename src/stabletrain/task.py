@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,7 +46,11 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
-        """Return numbers about the model, among them `loss`."""
+        """Return numbers about the model, among them `loss`.
+
+        With a further argument `total`, which adds a tensor up over all processes, each of them sees its share of the
+        batches; without it each sees all.
+        """
         ...
 
 
@@ -89,7 +93,12 @@ class Classification:
             return Output(per_sample.sum(), float(len(targets)), per_sample_loss=known)
         return Output((per_sample * weights).sum(), weights.sum(), per_sample_loss=known)
 
-    def evaluate(self, model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: nn.Module,
+        loader: Iterable[Batch],
+        total: Callable[[torch.Tensor], torch.Tensor] = lambda own: own,
+    ) -> dict[str, float]:
         """Return the mean loss and the share of right answers over all samples, with the model in evaluation mode.
 
         Waits for the device once, at the end. The model's modules are put back into the modes that they had.
@@ -97,6 +106,7 @@ class Classification:
         Args:
             model: from the inputs to logits [B, C].
             loader: microbatches whose data is the pair (inputs, targets).
+            total: adds a tensor up over all processes, each of which sees a share of the microbatches.
 
         Returns:
             `loss` (weighted as in training; 0 where all weights are 0) and `accuracy`.
@@ -107,7 +117,6 @@ class Classification:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         sums: list[torch.Tensor] = []
-        samples = 0
         try:
             with torch.no_grad():
                 for batch in loader:
@@ -118,16 +127,17 @@ class Classification:
                         weights = torch.ones_like(per_sample)
                     classes = targets.argmax(1) if targets.is_floating_point() else targets
                     right = (logits.argmax(1) == classes).sum().to(per_sample.dtype)
-                    sums.append(torch.stack([(per_sample * weights).sum(), weights.sum(), right]))
-                    samples += len(targets)
+                    count = torch.full_like(right, len(targets))
+                    sums.append(torch.stack([(per_sample * weights).sum(), weights.sum(), right, count]))
         finally:
             for module, mode in modes:
                 module.training = mode
+        own = torch.stack(sums).double().sum(0) if sums else _nothing(model)
+        loss, weight, right_answers, samples = total(own).tolist()
         if samples == 0:
             raise ConfigurationError(
                 "there is nothing to evaluate: the loader gave no samples. Give it a part with samples."
             )
-        loss, weight, right_answers = torch.stack(sums).cpu().double().sum(0).tolist()
         # With all weights 0 there is no mean; the product keeps a NaN a NaN.
         return {"loss": loss / weight if weight != 0 else 0.0 * loss, "accuracy": right_answers / samples}
 
@@ -147,6 +157,12 @@ class Classification:
             _check_labels(targets, logits.shape[1])
             raise
         return per_sample, weights
+
+
+def _nothing(model: nn.Module) -> torch.Tensor:
+    """Return the sums of a process that had no batch, on the device on which the others have theirs."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.zeros(4, dtype=torch.float64, device=device)
 
 
 def _check_labels(targets: torch.Tensor, classes: int) -> None:

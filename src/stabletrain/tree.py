@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.tensor import DTensor
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
@@ -51,3 +56,24 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
         [tensor([1., 1.])]
     """
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), tree)
+
+
+def is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Return whether the tensor is one rank's part of a larger one (torch's DTensor, as `fully_shard` makes them).
+
+    Example:
+        >>> is_distributed(torch.ones(2))
+        False
+    """
+    return type(tensor) is not torch.Tensor and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor, sharing its memory: all of it, unless it is sharded.
+
+    Example:
+        >>> local(torch.ones(2))
+        tensor([1., 1.])
+    """
+    part: torch.Tensor = tensor.to_local() if is_distributed(tensor) else tensor
+    return part

@@ -345,6 +345,23 @@ def test_loading_the_guard_drops_the_step_that_had_begun() -> None:
         guard.step(loss)
 
 
+def test_a_resumed_guard_looks_at_the_state_when_the_undisturbed_one_does() -> None:
+    reasons = []
+    for resumed in (False, True):
+        model, idle = network(), nn.Parameter(torch.ones(2))
+        optimizer = SGD([*model.parameters(), idle], lr=0.1)
+        guard = StepGuard(model, optimizer, policy=Policy(check_state_every=3))
+        assert step(guard, model, batch(0)).applied
+        if resumed:
+            state = guard.state_dict()
+            guard.remove()
+            guard = StepGuard(model, optimizer, policy=Policy(check_state_every=3))
+            guard.load_state_dict(state)
+        idle.data.fill_(NAN)
+        reasons.append([step(guard, model, batch(number)).reason for number in range(1, 5)])
+    assert reasons[0] == reasons[1] == [None, None, "optimizer", "optimizer"]
+
+
 def test_a_dead_channel_that_comes_to_life_is_no_alarm() -> None:
     model = network(nn.BatchNorm1d(8, momentum=0.9))
     guard = StepGuard(model, SGD(model.parameters(), lr=1e-3))

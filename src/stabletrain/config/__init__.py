@@ -10,6 +10,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from stabletrain.config.keys import check_keys
 from stabletrain.config.line import arrange as arrange
 from stabletrain.config.line import check_overrides as check_overrides
+from stabletrain.config.line import named_words as named_words
 from stabletrain.config.line import split_command as split_command
 from stabletrain.config.places import conf_folder as conf_folder
 from stabletrain.config.places import conf_location as conf_location

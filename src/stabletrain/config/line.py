@@ -94,6 +94,36 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str]) -> None:
             )
 
 
+def named_words(arguments: Sequence[str], usage: str) -> dict[str, str]:
+    """Read the words of a command that composes no config, each `name=value`.
+
+    Args:
+        arguments: the words after the command.
+        usage: how the command is written; a name in brackets may be left out.
+
+    Example:
+        >>> named_words(["run=runs/mine"], "export run=<folder> [to=<folder>]")
+        {'run': 'runs/mine'}
+
+    Raises:
+        ConfigurationError: a word has no name or no value, an unknown or a repeated name, or one is missing.
+    """
+    allowed = re.findall(r"(\w+)=<?", usage)
+    needed = re.findall(r"(?<!\[)\b(\w+)=<?", usage)
+    found: dict[str, str] = {}
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if value == "" or name not in allowed:
+            raise ConfigurationError(f"{word!r} can't be used here.{did_you_mean(name, allowed)} Usage: {usage}")
+        if name in found:
+            raise ConfigurationError(f"{name} is given twice; give it once. Usage: {usage}")
+        found[name] = value
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ConfigurationError(f"{', '.join(missing)} is missing. Usage: {usage}")
+    return found
+
+
 def config_folders(flags: Sequence[str]) -> list[Path]:
     """Return the folder that follows `--config-dir`, if it is given."""
     found = []

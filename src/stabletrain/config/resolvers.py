@@ -18,10 +18,16 @@ from omegaconf import OmegaConf
 def stamp() -> str:
     """Return what tells this launch from all others: torchrun's run id, or the time with four random digits.
 
-    The same for all ranks of a torchrun launch, and for all jobs of a sweep. `stamp.cache_clear()` begins a new launch.
+    The same for all ranks of a launch, also after torchrun has started them again, and for all jobs of a sweep.
+    `stamp.cache_clear()` begins a new launch.
     """
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return launch if launch != "none" else f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    own = launch if launch != "none" else f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return own
+    from stabletrain.collectives import first_to_say
+
+    return first_to_say("stabletrain/stamp", own)
 
 
 def _name(*parts: str) -> str:

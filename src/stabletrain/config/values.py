@@ -46,6 +46,11 @@ def _is_name(value: Any) -> bool:
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_name, "the name of a folder under runs/"),
     "resume": (lambda value: isinstance(value, str) and value != "", "auto, never, must or the path of a checkpoint"),
+    "init_from": (
+        lambda value: value is None or (isinstance(value, str) and value != ""),
+        "the path of a checkpoint, a run, an export or a .safetensors file, or null",
+    ),
+    "init_strict": (lambda value: isinstance(value, bool), "true or false"),
     "seed": _whole(0),
     "epochs": _whole(1),
     "batch_size": _whole(1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stabletrain.data.arrays import ArrayDataset, Microbatch, Part, class_targets
+from stabletrain.data.auto import with_facts
 from stabletrain.data.builtin import breast_cancer, digits, sequences
 from stabletrain.data.files import from_csv, from_npz, from_parquet
 from stabletrain.data.loader import Loader, OrderedLoader, collate
@@ -27,4 +28,5 @@ __all__ = [
     "sequences",
     "split_dataset",
     "split_indices",
+    "with_facts",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice, pairwise, tee
 from typing import Any
@@ -13,6 +16,7 @@ from stabletrain.data.arrays import ArrayDataset, Microbatch
 from stabletrain.data.splits import check_map_style
 from stabletrain.errors import ConfigurationError
 from stabletrain.randomness import key, keyed_all
+from stabletrain.signals import ASKED
 from stabletrain.tree import map_tensors, tensors, to_device
 
 Collate = Callable[[list[Any]], Any]
@@ -107,10 +111,27 @@ class _Reader:
             num_workers=self.workers,
             collate_fn=self.collate,
             generator=generator,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=self.device.type == "cuda",
         )
         for indices, data in zip(known, loader, strict=True):
             yield Microbatch(to_device(data, self.device), indices)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a worker process outlive what asks the run to save and end, where a signal goes to the whole process group.
+
+    The trainer, which needs its workers for that long, ends them by SIGTERM; that one is obeyed.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
+
+    def obey_the_trainer() -> None:
+        while signal.sigwaitinfo(ASKED).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_the_trainer, daemon=True).start()
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,7 +153,9 @@ class Loader:
     Args:
         dataset: map-style data set.
         batch_size: samples per step, all microbatches together.
-        accumulate: microbatches per step; must divide `batch_size`.
+        accumulate: microbatches per step on each rank; times `ranks` it must divide `batch_size`.
+        rank: which of `ranks` processes this is; the microbatches of a step are dealt out in turn.
+        ranks: processes that share each step.
         seed: number that decides the order.
         shuffle: False = always the data set's own order.
         drop_last: leave out the last samples of an epoch where they don't fill a step.
@@ -156,6 +179,8 @@ class Loader:
         *,
         batch_size: int,
         accumulate: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = True,
@@ -172,17 +197,19 @@ class Loader:
                 f"batch_size is {batch_size}, but the training part has {len(dataset)} samples: choose a batch_size "
                 f"from 1 to {len(dataset)}."
             )
-        if batch_size % accumulate != 0:
+        if batch_size % (accumulate * ranks) != 0:
+            shared = "" if ranks == 1 else f" times {ranks} processes"
             raise ConfigurationError(
-                f"batch_size {batch_size} can't be divided by accumulate {accumulate}: choose an accumulate that "
-                "divides batch_size (the samples per step), so that all microbatches have one size."
+                f"batch_size {batch_size} can't be divided by accumulate {accumulate}{shared}: choose an accumulate "
+                "that divides batch_size (the samples per step), so that all microbatches have one size."
             )
         self.batch_size = batch_size
         self.accumulate = accumulate
+        self.rank, self.ranks = rank, ranks
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self._largest = batch_size // accumulate  # samples that a microbatch holds at most
+        self._largest = batch_size // (accumulate * ranks)  # samples that a microbatch holds at most
 
     @property
     def steps_per_epoch(self) -> int:
@@ -207,11 +234,11 @@ class Loader:
             [7, 7, 7, 7, 7, 7, 8]
         """
         assert 1 <= batch_size <= len(self.dataset), (batch_size, len(self.dataset))
-        self.batch_size, self.accumulate = batch_size, self._microbatches(batch_size)
+        self.batch_size, self.accumulate = batch_size, self._microbatches(batch_size) // self.ranks
 
     def _microbatches(self, samples: int) -> int:
-        """Return into how many microbatches a step of so many samples is divided."""
-        return -(-samples // self._largest)
+        """Return into how many microbatches a step of so many samples is divided, as many for one rank as for all."""
+        return -(-samples // (self._largest * self.ranks)) * self.ranks
 
     def order(self, epoch: int) -> torch.Tensor:
         """Return the samples of an epoch in the order in which they come, int64 [N]."""
@@ -230,7 +257,7 @@ class Loader:
         return self.reader.read_once(torch.tensor(indices, dtype=torch.int64), self.seed, epoch)
 
     def epoch(self, epoch: int, start: int = 0, excluded: Collection[int] = ()) -> Iterator[list[Microbatch]]:
-        """Yield the steps of an epoch, each a list of `accumulate` microbatches; fewer in a last step that is smaller.
+        """Yield this rank's part of each step of an epoch: `accumulate` microbatches; fewer in a smaller last step.
 
         Args:
             epoch: number of the epoch, from 0.
@@ -244,10 +271,14 @@ class Loader:
         assert 0 <= start <= -(-end // self.batch_size), (start, end)
         size = self.batch_size
         spans = [(first, min(size, end - first)) for first in range(start * size, end, size)]
-        rows = (part for first, count in spans for part in _parts(order, first, count, self._microbatches(count)))
+        rows = (part for first, count in spans for part in self._own_parts(order, first, count))
         microbatches = self.reader.read(rows, self.seed, epoch)
         for _, count in spans:
-            yield list(islice(microbatches, self._microbatches(count)))
+            yield list(islice(microbatches, self._microbatches(count) // self.ranks))
+
+    def _own_parts(self, order: torch.Tensor, first: int, count: int) -> Iterator[torch.Tensor]:
+        """Yield this rank's microbatches of the step that begins at `first`."""
+        return islice(_parts(order, first, count, self._microbatches(count)), self.rank, None, self.ranks)
 
 
 def _parts(indices: torch.Tensor, first: int, count: int, parts: int) -> Iterator[torch.Tensor]:
@@ -300,6 +331,12 @@ class OrderedLoader:
     def read(self, indices: Sequence[int]) -> Microbatch:
         """Read these samples, collated on their own."""
         return self.reader.read_once(torch.tensor(indices, dtype=torch.int64), "evaluation")
+
+    def share(self, rank: int, ranks: int) -> Iterator[Microbatch]:
+        """Yield every `ranks`-th batch, from number `rank` on."""
+        count = len(self.dataset)
+        own = islice(_slices(torch.arange(count), 0, count, self.batch_size), rank, None, ranks)
+        return self.reader.read(own, "evaluation")
 
     def __iter__(self) -> Iterator[Microbatch]:
         count = len(self.dataset)

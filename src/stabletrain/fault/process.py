@@ -48,7 +48,8 @@ class DiskFull(Planned):
     The disk itself isn't filled: this process's limit on the size of files (RLIMIT_FSIZE) is set to 64 bytes, so that
     the kernel refuses what goes beyond them in any regular file, in the run's folder and elsewhere, as "File too large"
     rather than "No space left on device". Terminals and pipes still work, and so do worker processes. Afterwards the
-    limit is what it was.
+    limit is what it was. A checkpoint that is written beside the training may find it so again: with
+    `checkpoint.asynchronous=false` it is written within the step.
     """
 
     def __init__(self, at: int | None = None, times: int = 1) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from stabletrain.collectives import Ranks
 from stabletrain.finite import global_norm
 from stabletrain.guard import loss_scale, measure
 from stabletrain.guard.snapshot import Snapshot
 from stabletrain.guard.spikes import describe
-from stabletrain.guard.verdict import Facts, Reason
+from stabletrain.guard.verdict import FAULTS, Facts, Reason
 
 DETAILS: dict[Reason, str] = {
     "loss": "the loss is {loss}",
@@ -30,7 +31,6 @@ DETAILS: dict[Reason, str] = {
     "optimizer": "a parameter, the optimizer's state or the learning rate is not finite",
     "spike": "{spike}",
 }
-FAULTS: tuple[Reason, ...] = tuple(DETAILS)  # in the order in which they decide
 
 
 def honours_found_inf(optimizer: Optimizer) -> bool:
@@ -66,6 +66,7 @@ class DeviceStep:
         clip: `(gradients, norm) -> None` with the norm as a tensor, or None.
         limits: whether `clip` makes gradients of any finite size small.
         spikes: largest loss and largest gradient norm that are no spikes, known on the host.
+        ranks: who decides together.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class DeviceStep:
         clip: Callable[..., None] | None,
         limits: bool,
         spikes: tuple[float, float],
+        ranks: Ranks,
     ) -> None:
         self.optimizers = optimizers
         self.scaler = scaler
         self.clip = clip
         self.limits = limits
         self.spikes = spikes
+        self.ranks = ranks
         self.scaler_before: list[Tensor] = []  # its tensors before it reacted
 
     @torch.no_grad()
@@ -102,7 +105,6 @@ class DeviceStep:
         self._unscale()
         gradients = measure.gradients(self.optimizers)
         norm = global_norm(gradients, exact=True).to(loss.device)
-        measured = torch.stack([loss.double(), norm.double()])
         bad_loss = ~torch.isfinite(loss)
         bad_gradient = ~torch.isfinite(norm)
         if not self.limits:
@@ -114,15 +116,12 @@ class DeviceStep:
         if check_state:
             bad_state = bad_state | ~measure.state_is_finite(self.optimizers)
         faults = torch.stack(
-            [
-                bad_loss,
-                overflow,
-                bad_gradient,
-                _bad_buffers(snapshot, buffers, never),
-                bad_state,
-                self._spike(measured),
-            ]
+            [bad_loss, overflow, bad_gradient, _bad_buffers(snapshot, buffers, never), bad_state, never]
         )
+        loss, faults = self._agreed(loss, faults)
+        overflow = faults[FAULTS.index("overflow")] & ~faults[0]
+        measured = torch.stack([loss.double(), norm.double()])
+        faults = torch.cat([faults[:-1], self._spike(measured).reshape(1)])
         rejected = faults.any()
         if self.clip is not None:
             self.clip(gradients, norm)
@@ -130,6 +129,13 @@ class DeviceStep:
         held = never | self._update_scale(rejected & ~overflow, overflow)
         snapshot.restore_where(rejected)
         return _later(torch.cat([measured, held.double()[None], faults.double()]), self.spikes)
+
+    def _agreed(self, loss: Tensor, faults: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the faults that all ranks together have."""
+        if not self.ranks.together:
+            return loss, faults
+        mean, faults = self.ranks.agree(loss, faults)
+        return torch.where(faults[0], math.nan, mean), faults
 
     def _spike(self, measured: Tensor) -> Tensor:
         """Return whether loss or gradient norm is above its limit; the limits travel as arguments, not as tensors."""

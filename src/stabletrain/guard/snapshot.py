@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stabletrain.errors import ConfigurationError
 from stabletrain.randomness import generators
+from stabletrain.tree import local
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ def _fit(now: list[Tensor], before: list[Tensor], copies: list[Tensor]) -> bool:
 @torch.no_grad()
 def _identical(now: Tensor, before: Tensor) -> bool:
     """Compare with a NaN equal to itself."""
+    now, before = local(now), local(before)
     return bool(((now == before) | (torch.isnan(now) & torch.isnan(before))).all())
 
 

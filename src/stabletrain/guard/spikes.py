@@ -300,7 +300,8 @@ class Divergence:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over what `state_dict` returned; from an older version, some of it is missing."""
+        state = {**Divergence(factor=self.factor, updates=self.updates).state_dict(), **state}
         self._seen, self._above = int(state["seen"]), int(state["above"])
         self._average, self._square = float(state["average"]), float(state["square"])
         self._best = float(state["best"])

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from stabletrain.collectives import Ranks, ranks_of
 from stabletrain.errors import ConfigurationError, UnstableTraining
 from stabletrain.finite import first_nonfinite, global_norm, limit_norm
 from stabletrain.guard import loss_scale, measure
+from stabletrain.guard.agreement import agreed
 from stabletrain.guard.hooks import watch
 from stabletrain.guard.ledger import Ledger, Policy
 from stabletrain.guard.on_device import DeviceStep, can_skip_on_device
@@ -30,6 +32,8 @@ class StepGuard:
     before its first forward pass. Call `step` where `optimizer.step` stood; it measures the gradients once, decides,
     clips with the same norm, and steps or undoes. Several optimizers decide together.
 
+    Under DistributedDataParallel or fully_shard all ranks decide together, with 16 bytes reduced a step.
+
     On the CPU, and for optimizers that can't skip by themselves, the decision is read at once. On an accelerator with
     fused Adam, AdamW, Adagrad or SGD it stays on the device, and nothing waits: the step is skipped and undone there,
     and the scheduler moves at the next call. Only randomness isn't rewound then.
@@ -45,6 +49,7 @@ class StepGuard:
         extra: more state that a forward changes: tensors, modules, generators, or objects with `state_dict`.
         policy: what follows from a rejected step.
         keep_on_device: True or False to force where the decision is read; None: as described.
+        ranks: who decides together; None: found by torch's wrappers for data parallel training.
 
     Raises:
         ConfigurationError: for arguments that contradict each other.
@@ -74,6 +79,7 @@ class StepGuard:
         extra: Sequence[Any] = (),
         policy: Policy | None = None,
         keep_on_device: bool | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if max_norm is not None and (clip is not None or not max_norm > 0):
             raise ConfigurationError(f"max_norm is {max_norm}; give a positive number, or `clip` instead, not both.")
@@ -82,6 +88,7 @@ class StepGuard:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.scheduler = scheduler
         self.policy = policy or Policy()
+        self.ranks = ranks if ranks is not None else ranks_of(self.models)
         self.ledger = Ledger(self.policy)
         self.spikes = SpikeWindow(self.policy.spike_window, floor=self.policy.spike_floor)
         self._clip: Clip | None = clip
@@ -132,19 +139,21 @@ class StepGuard:
         self._count(verdict)
         return verdict
 
-    def attempt(self, loss: Tensor | Sequence[Tensor], *, commit: bool) -> Facts:
+    def attempt(self, loss: Tensor | Sequence[Tensor], *, commit: bool, alone: bool = False) -> Facts:
         """Judge a rejected step that was run again, at once and without counting it.
 
         Args:
             loss: as for `step`.
             commit: whether to commit it if it is healthy; else it is undone either way.
+            alone: whether this rank tries something by itself, so that no other one is asked.
 
         Returns:
             What was found. The loss scale stays as it is.
         """
         self._check_begun()
+        assert not (alone and commit), "what is applied is decided by all ranks"
         self._snapshot.note_moved_parameters()
-        facts = self._judge(loss)
+        facts = self._judge(loss, alone=alone)
         if facts.reason is None and commit:
             self._commit(facts)
         else:
@@ -197,17 +206,22 @@ class StepGuard:
         self._count(verdict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger (counts and budget) and what recent updates were like."""
+        """Return the ledger (counts and budget), what recent updates were like, and when the state is checked next."""
         self.settle()
-        return {"ledger": self.ledger.state_dict(), "spikes": self.spikes.state_dict()}
+        return {
+            "ledger": self.ledger.state_dict(),
+            "spikes": self.spikes.state_dict(),
+            "until_state_check": self._until_state_check,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned; parameters and optimizer state are checked again at the next step."""
+        """Take over what `state_dict` returned; load model and optimizers first, whose state is looked at then."""
         self._pending = None
         self.ledger.load_state_dict(state["ledger"])
         self.spikes.load_state_dict(state["spikes"])
         self._buffers.seen_data = self._buffers.seen_data or self.ledger.applied > 0
-        self._until_state_check = 0
+        healthy = bool(measure.state_is_finite(self.optimizers))
+        self._until_state_check = int(state.get("until_state_check", 0)) if healthy else 0
         self.forget()
 
     @property
@@ -239,10 +253,24 @@ class StepGuard:
                 "undone. Call the model itself, not one of its methods, or call guard.begin() before the forward."
             )
 
-    def _judge(self, loss: Tensor | Sequence[Tensor]) -> Facts:
-        """Look at loss, gradients, buffers, rates and state, recent history, in that order; the first fault decides."""
+    def _judge(self, loss: Tensor | Sequence[Tensor], *, alone: bool = False) -> Facts:
+        """Decide, with all ranks unless `alone`; what they have in common, recent history, is looked at last."""
+        facts = self._judge_here(loss)
+        if self.policy.on_rejection == "none":
+            return facts
+        if self.ranks.together and not alone:
+            first = loss if isinstance(loss, Tensor) else loss[0]
+            facts = agreed(facts, self.ranks, first.device)
+        if facts.reason is None and self.policy.spikes:
+            found = describe(facts.loss, facts.grad_norm, self.spikes.limits())
+            facts = facts if found is None else facts._replace(reason="spike", detail=found)
+        return facts
+
+    def _judge_here(self, loss: Tensor | Sequence[Tensor]) -> Facts:
+        """Look at loss, gradients, buffers, rates and state, in that order; the first fault decides."""
         value = float(measure.mean_loss(loss))
-        if not math.isfinite(value) and self.policy.on_rejection != "none":
+        bad_loss = not math.isfinite(value) and self.policy.on_rejection != "none"
+        if bad_loss and not self.ranks.together:  # else the others wait for the norm of their shards
             return Facts("loss", value, math.nan, self._describe_loss(loss, value))
         if self.scaler is not None:
             for optimizer in self.optimizers:
@@ -252,6 +280,8 @@ class StepGuard:
         if not math.isfinite(norm) and gradients and gradients[0].device.type != "mps":
             norm = float(global_norm(gradients, exact=True))  # finite gradients whose squares overflowed
         guarded = self.policy.on_rejection != "none"
+        if bad_loss:
+            return Facts("loss", value, math.nan, self._describe_loss(loss, value))
         if not math.isfinite(norm) and self.scaler is not None and (self.scaler.get_scale() > 1.0 or not guarded):
             return Facts("overflow", value, norm, self._describe_gradients(norm))
         if not guarded:
@@ -262,8 +292,6 @@ class StepGuard:
             return Facts("buffer", value, norm, found)
         if (found := self._judge_optimizers()) is not None:
             return Facts("optimizer", value, norm, found)
-        if self.policy.spikes and (found := describe(value, norm, self.spikes.limits())) is not None:
-            return Facts("spike", value, norm, found)
         return Facts(None, value, norm, "")
 
     def _judge_buffers(self) -> str | None:
@@ -327,7 +355,7 @@ class StepGuard:
         """
         self._snapshot.restore()
         self._drop_gradients()
-        if self.scaler is None or reason == "loss":
+        if self.scaler is None or (reason == "loss" and not self.ranks.together):
             return False  # the scaler has seen nothing of a step whose loss decided
         before = scale = self.scaler.get_scale()
         if reason == "overflow":
@@ -354,7 +382,7 @@ class StepGuard:
             self._until_state_check = self.policy.check_state_every - 1
         rate = measure.bad_learning_rate(self.optimizers)
         spikes = self.spikes.limits() if self.policy.spikes else (math.inf, math.inf)
-        step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits, spikes)
+        step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits, spikes, self.ranks)
         read = step.run(measure.mean_loss(loss), self._snapshot, self._buffers, check_state, rate is not None)
         self._scaler_before = step.scaler_before
         self._drop_gradients()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 Reason = Literal["loss", "gradient", "buffer", "optimizer", "spike", "overflow"]
+FAULTS: tuple[Reason, ...] = ("loss", "overflow", "gradient", "buffer", "optimizer", "spike")  # the first one decides
 
 
 class Facts(NamedTuple):
@@ -16,6 +17,7 @@ class Facts(NamedTuple):
     grad_norm: float  # Euclidean norm of all gradients before clipping; NaN when the loss alone decided
     detail: str  # for a rejected step: what was found, in words; else empty
     scale_held: bool = False  # for an overflow: whether the loss scale stayed where it is
+    rank: int = 0  # for a rejected step: which process found it first
 
 
 class Verdict:

@@ -21,7 +21,7 @@ from stabletrain.sealed import Damaged, read_manifest, read_tensors, verify
 logger = logging.getLogger(__name__)
 
 Kind = Literal["rejected", "salvaged", "rolled_back", "validation"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INCIDENT_NAME, STATE_NAME, VERDICT_NAME, CONFIG_NAME = "incident.pt", "state.pt", "verdict.json", "config.yaml"
 _NAMED = "stabletrain.namedtuple"  # key under which a named tuple's fields are stored
 _STORED = ("reason", "detail", "loss", "grad_norm", "seed", "position", "indices", "precision", "guard", "environment")
@@ -101,10 +101,11 @@ def load_incident(folder: Path | str) -> Incident:
     folder = Path(folder)
     try:
         manifest = read_manifest(folder, what="incident", version=FORMAT_VERSION, needed=INCIDENT_NAME)
-        for name, entry in manifest["files"].items():
+        files = manifest["files"]
+        for name, entry in files.items():
             verify(folder / name, entry)
-        content = read_tensors(folder / INCIDENT_NAME)
-        state = read_tensors(folder / STATE_NAME) if STATE_NAME in manifest["files"] else None
+        content = read_tensors(folder / INCIDENT_NAME, files[INCIDENT_NAME])
+        state = read_tensors(folder / STATE_NAME, files[STATE_NAME]) if STATE_NAME in files else None
         verdict = json.loads((folder / VERDICT_NAME).read_text())
         content["batches"] = [_unpacked(data) for data in content["batches"]]
         settings = yaml.safe_load((folder / CONFIG_NAME).read_text()) or {}

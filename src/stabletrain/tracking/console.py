@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 ProgressStyle = Literal["auto", "bar", "lines", "none"]
+MUTE: Literal["mute"] = "mute"  # not even what happens once
 
 
 # What matters fits in 80 columns; the bar takes what is left.
@@ -23,14 +24,14 @@ class Console:
     """Shows steps, epochs and messages.
 
     Args:
-        style: "bar", "lines", "none", or "auto" for a bar in a terminal and lines elsewhere.
+        style: "bar", "lines", "none", "mute", or "auto" for a bar in a terminal and lines elsewhere.
     """
 
-    def __init__(self, style: ProgressStyle) -> None:
+    def __init__(self, style: ProgressStyle | Literal["mute"]) -> None:
         if style == "auto":
             style = "bar" if sys.stderr.isatty() else "lines"
         self.style = style
-        self.interval = {"bar": 0.2, "lines": 10.0, "none": float("inf")}[style]  # seconds between two looks at a step
+        self.interval = {"bar": 0.2, "lines": 10.0}.get(style, float("inf"))  # seconds between two looks at a step
         self._bar: Any = None
         self._total: int | None = None
 
@@ -56,13 +57,15 @@ class Console:
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Say how an epoch went."""
-        if self.style == "none":
+        if self.style in ("none", MUTE):
             return
         values = _values({name: value for name, value in record.items() if name != "epoch"})
         self.say(f"epoch {record['epoch']} {values}")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
+        if self.style == MUTE:
+            return
         self.clear()
         print(line, flush=True)
         self.redraw()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import json_text, write_whole, yaml_text
 from stabletrain.state import Progress
-from stabletrain.tracking.console import Console, ProgressStyle
+from stabletrain.tracking.console import MUTE, Console, ProgressStyle
 from stabletrain.tracking.environment import describe_environment
 from stabletrain.tracking.table import Table
 
@@ -78,6 +78,10 @@ class Tracker:
         self._next_look = self._epoch_start = 0.0
         self._last_steps = 0
         self._logged = (0, 0.0)  # step and moment of the last one that was written
+
+    def mute(self) -> None:
+        """Say nothing from now on: another process of the run speaks for all."""
+        self._console = Console(MUTE)
 
     def begin(
         self,
@@ -196,7 +200,7 @@ class Tracker:
         Args:
             text: one line.
         """
-        if self._console.style != "none":
+        if self._console.style not in ("none", MUTE):
             self._try(self._console.say, text)
         if self._events is not None:
             self._try(self._events.text, self._last_steps, "note", text)
@@ -210,11 +214,16 @@ class Tracker:
         self._warn(text, "warning", self._last_steps)
 
     def _warn(self, line: str, tag: str, steps: int) -> None:
-        self._try(self._console.clear)
-        logger.warning("%s", line)
-        self._try(self._console.redraw)
+        self._say(logging.WARNING, line)
         if self._events is not None:
             self._try(self._events.text, steps, tag, line)
+
+    def _say(self, level: int, line: str) -> None:
+        if self._console.style == MUTE:
+            return
+        self._try(self._console.clear)
+        logger.log(level, "%s", line)
+        self._try(self._console.redraw)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Take note of an epoch that has ended: a row of `history.csv`, curves, a line.

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stabletrain.data import Microbatch
+from stabletrain.collectives import sharded_like
+from stabletrain.data import Microbatch, OrderedLoader
 from stabletrain.errors import ConfigurationError
 from stabletrain.randomness import key, keyed
+from stabletrain.trainer.interruption import Polled
 from stabletrain.trainer.run import Run
 
 
+def evaluate_all(run: Run, loader: OrderedLoader) -> dict[str, float]:
+    """Measure the model on all of validation or test data; the ranks share the work where the task can add up.
+
+    Where every forward is common to all ranks, or the task has no `total`, each rank measures everything.
+    """
+    run.ranks.same_buffers(run.model)
+    shared = run.ranks.together and run.parallel.tries_alone and "total" in signature(run.task.evaluate).parameters
+    batches = Polled(run, loader, shared=shared)
+    return evaluate(run, batches, **({"total": run.ranks.total} if shared else {}))
+
+
 @torch.no_grad()
-def evaluate(run: Run, batches: Iterable[Microbatch]) -> dict[str, float]:
+def evaluate(run: Run, batches: Iterable[Microbatch], **options: Any) -> dict[str, float]:
     """Measure the model, or the average of its weights if there is one, without changing anything.
 
     Args:
         run: its model is left in the mode it was in.
         batches: of validation or test data.
+        options: for the task.
 
     Returns:
         What the task measures, usually `loss` and more.
@@ -31,7 +46,7 @@ def evaluate(run: Run, batches: Iterable[Microbatch]) -> dict[str, float]:
     run.model.eval()
     try:
         with averaged, run.precision.autocast(), keyed(key(run.seed, "evaluate"), run.device):
-            return run.task.evaluate(run.model, batches)
+            return run.task.evaluate(run.model, batches, **options)
     finally:
         run.model.train(was_training)
 
@@ -40,20 +55,26 @@ def measure_test(run: Run) -> None:
     """Measure the test data with the best checkpoint's weights, or the last ones if none was saved."""
     if run.test is None:
         return
-    best = run.checkpoint.best() if run.checkpoint is not None else None
+    store = run.checkpoint
+    best = run.ranks.from_first(store.best) if store is not None else None
     if best is None or run.checkpoint is None:
-        run.metrics["test"] = evaluate(run, run.test)
+        run.metrics["test"] = evaluate_all(run, run.test)
         return
     last = {"model": run.model.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else {}}
     last = {part: _cloned(state) for part, state in last.items()}
     try:
         saved = run.checkpoint.load(best.path)
     except ConfigurationError as error:
-        run.tracker.warning(f"the best checkpoint can't be read, so the test measures the last weights: {error}")
+        problem = str(error)
+    else:
+        problem = ""
+    problems = [said for said in run.ranks.gather(problem) if said]
+    if problems:
+        run.tracker.warning(f"the best checkpoint can't be read, so the test measures the last weights: {problems[0]}")
         saved = last
     try:
         _put_weights(run, saved)
-        run.metrics["test"] = evaluate(run, run.test)
+        run.metrics["test"] = evaluate_all(run, run.test)
     finally:
         _put_weights(run, last)
 
@@ -65,6 +86,7 @@ def _cloned(state: Any) -> Any:
 
 
 def _put_weights(run: Run, state: dict[str, Any]) -> None:
-    run.model.load_state_dict(state["model"])
+    run.model.load_state_dict(sharded_like(state["model"], run.model.state_dict()))
     if run.ema is not None and state["ema"]:
-        run.ema.load_state_dict(state["ema"])
+        average = sharded_like(state["ema"]["average"], run.ema.average)
+        run.ema.load_state_dict({**state["ema"], "average": average})

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 
 from torch import Tensor
 
 from stabletrain.errors import Interrupted, UnstableTraining
 from stabletrain.guard import Verdict
 from stabletrain.optimizer import set_learning_rate
-from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals
 from stabletrain.trainer.evaluation import measure_test
+from stabletrain.trainer.interruption import Wishes, leave, obey, poll, wanted
 from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
 from stabletrain.trainer.record import located, record, say_quarantine, summarise
 from stabletrain.trainer.resume import resume, save
 from stabletrain.trainer.run import Run, Status, Step, Summary
 from stabletrain.trainer.step import forward_backward
 from stabletrain.trainer.validation import validate
+
+logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> Summary:
@@ -40,10 +44,12 @@ def train(run: Run) -> Summary:
     with ExitStack() as stack:
         if run.folder is not None:
             stack.enter_context(run.folder)
+        stack.callback(run.parallel.close)
         stack.callback(run.tracker.close)
         stack.callback(run.fault.close)
         stack.enter_context(run.precision.active())
-        signals = stack.enter_context(Signals())
+        stack.enter_context(run.signals)
+        stack.push(partial(_stop_writing, run))
         resume(run)
         environment = {"device": str(run.device), "seed": run.seed}
         run.tracker.begin(run.settings, environment, run.total_steps, run.progress, overrides=run.overrides)
@@ -58,21 +64,25 @@ def train(run: Run) -> Summary:
             while run.progress.epoch < run.epochs:
                 if run.progress.step == 0:
                     run.quarantine.begin_epoch()
-                train_epoch(run, signals)
+                train_epoch(run)
                 _end_epoch(run, start, samples_before)
+            note_best(run)
             measure_test(run)
         except Exception as error:
-            summary = summarise(run, _status_of(error), start, samples_before, str(error))
+            said = _let_go(run, error)
+            summary = summarise(run, _status_of(said), start, samples_before, str(said))
             say_quarantine(run)
             run.tracker.finish(asdict(summary))
-            raise
+            if said is error:
+                raise
+            raise said from None
         summary = summarise(run, "completed", start, samples_before)
         say_quarantine(run)
         run.tracker.finish(asdict(summary))
         return summary
 
 
-def train_epoch(run: Run, signals: Signals) -> None:
+def train_epoch(run: Run) -> None:
     """Train the rest of the current epoch, step by step."""
     run.model.train()
     epoch, first = run.progress.epoch, run.progress.step
@@ -80,22 +90,25 @@ def train_epoch(run: Run, signals: Signals) -> None:
     steps = run.loader.epoch(epoch, first, run.quarantine.frozen)
     for index, microbatches in enumerate(steps, start=first):  # draw
         number = run.progress.steps + (waiting is not None)
-        step = Step(epoch=epoch, index=index, number=number, microbatches=run.fault.before_step(number, microbatches))
+        step = run.step(epoch, index, number, run.fault.before_step(number, microbatches))
         losses = _begin(run, step)
         if waiting is not None and finish_step(run, waiting):
             losses = _begin(run, step)  # the state it began from was mended
         step.rate = set_learning_rate(run.optimizer, _rate_factor(run))
         step.verdict = decide(run, losses, step)  # unscale, measure, judge, clip, commit or undo
         waiting = step
-        if not step.verdict.pending or signals.received or _may_be_due(run):
+        wishes = wanted(run)
+        if not step.verdict.pending or _may_be_due(run) or wishes.any:
             finish_step(run, step)
             waiting = None
-            _save_if_due(run, signals)
+            _save_if_due(run, step, wishes)
+            obey(wishes)
     if waiting is not None:
         finish_step(run, waiting)
 
 
 def _begin(run: Run, step: Step) -> list[Tensor]:
+    run.parallel.begin_step(run.model)
     run.guard.begin()
     return forward_backward(run, step)
 
@@ -105,11 +118,13 @@ def _rate_factor(run: Run) -> float:
     return run.schedule(run.progress.updates) * run.ramp.factor * lowered
 
 
-def _save_if_due(run: Run, signals: Signals) -> None:
-    if signals.received:
-        _interrupt(run, signals)
-    store = run.checkpoint
-    if store is not None and store.due(updates=run.progress.updates, epoch_ended=False, epoch=run.progress.epoch):
+def _save_if_due(run: Run, step: Step, wishes: Wishes) -> None:
+    if run.checkpoint is None:
+        return
+    occasions, progress = run.checkpoint.occasions, run.progress
+    assert step.verdict is not None
+    due = occasions.due(updates=progress.updates, epoch_ended=False, epoch=progress.epoch)
+    if (step.verdict.applied and due) or wishes.save:
         save(run)
 
 
@@ -143,7 +158,7 @@ def finish_step(run: Run, step: Step) -> bool:
     if verdict.applied:
         progress.updates += 1
         run.last_good = [microbatch.indices for microbatch in step.microbatches]
-        progress.samples += sum(map(len, run.last_good))
+        progress.samples += _samples(run, step)
         run.totals.add(loss=verdict.loss, grad_norm=verdict.grad_norm)
         run.totals.salvaged += step.rejected_for is not None
         if run.ema is not None:
@@ -159,6 +174,14 @@ def finish_step(run: Run, step: Step) -> bool:
             roll_back(run, UnstableTraining(f"{diverged}.", verdict), step, blame_rate=True)
             return True
     return mended
+
+
+def _samples(run: Run, step: Step) -> int:
+    """Return how many samples all ranks together have applied."""
+    own = sum(map(len, run.last_good))
+    if step.rejected_for is None:
+        return own * run.ranks.size
+    return int(run.ranks.sums(own)[0])
 
 
 def _end_epoch(run: Run, start: float, samples_before: int) -> None:
@@ -183,12 +206,14 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
     _climb(run)
     run.progress.epoch, run.progress.step, run.totals = epoch + 1, 0, EpochTotals()
     run.metrics["final"] = measured
-    store = run.checkpoint
-    if store is not None and (store.due(updates=run.progress.updates, epoch_ended=True, epoch=epoch) or _last(run)):
-        save(run, measured)
-    if store is not None and (best := store.best()) is not None:
-        run.metrics["best"] = {name: value for name, value in best.metrics.items() if value is not None}
+    if run.checkpoint is not None:
+        occasions = run.checkpoint.occasions
+        last = run.progress.epoch == run.epochs and occasions.any
+        if last or occasions.due(updates=run.progress.updates, epoch_ended=True, epoch=epoch):
+            note_best(run)
+            save(run, measured)
     run.tracker.summary(asdict(summarise(run, "running", start, samples_before)))
+    poll(run)
 
 
 def _climb(run: Run) -> None:
@@ -202,25 +227,38 @@ def _climb(run: Run) -> None:
         run.loader.resize(run.ramp.batch_size)
 
 
-def _last(run: Run) -> bool:
-    return run.progress.epoch == run.epochs and run.checkpoint is not None and run.checkpoint.enabled
+def note_best(run: Run) -> None:
+    """Wait for the checkpoint that is being written, and note what the best one so far was measured at."""
+    store = run.checkpoint
+    best = run.ranks.from_first(store.best) if store is not None else None
+    if best is not None:
+        run.metrics["best"] = {name: value for name, value in best.metrics.items() if value is not None}
 
 
 def _may_be_due(run: Run) -> bool:
     """Whether the step just decided, if it was applied, calls for a checkpoint."""
-    store = run.checkpoint
-    return store is not None and store.due(updates=run.progress.updates + 1, epoch_ended=False, epoch=0)
+    if run.checkpoint is None:
+        return False
+    return run.checkpoint.occasions.due(updates=run.progress.updates + 1, epoch_ended=False, epoch=0)
 
 
-def _interrupt(run: Run, signals: Signals) -> None:
-    """Save and leave; the same command continues."""
-    if run.checkpoint is None or not run.checkpoint.enabled:
-        raise Interrupted(f"{signals.name} at epoch {run.progress.epoch}; nothing was saved, checkpoints are off")
-    save(run)
-    raise Interrupted(
-        f"{signals.name} at epoch {run.progress.epoch}, step {run.progress.step}; a checkpoint was saved, and the "
-        "same command continues"
-    )
+def _let_go(run: Run, error: Exception) -> Exception:
+    """Save if the run was asked to end, wait for the checkpoint that is being written, and return what to tell."""
+    try:
+        said = leave(run, error) if isinstance(error, Interrupted) else error
+        note_best(run)
+        return said
+    except Exception as another:
+        if isinstance(error, Interrupted):
+            return another
+        logger.exception("the last checkpoint was not written")
+        return error
+
+
+def _stop_writing(run: Run, kind: type[BaseException] | None, *details: object) -> None:
+    """Let the checkpoint that is being written come to its end, unless somebody wants to be gone at once."""
+    if run.checkpoint is not None and kind is not None and not issubclass(kind, Exception):
+        run.checkpoint.give_up()
 
 
 def _status_of(error: BaseException) -> Status:

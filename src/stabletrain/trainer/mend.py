@@ -8,6 +8,7 @@ from typing import Any
 from stabletrain.errors import UnstableTraining
 from stabletrain.guard.measure import state_is_finite
 from stabletrain.quarantine import FILE_NAME
+from stabletrain.trainer.interruption import poll
 from stabletrain.trainer.record import located
 from stabletrain.trainer.replay import incident_of
 from stabletrain.trainer.run import Run, Step
@@ -48,7 +49,7 @@ def mend(run: Run, step: Step) -> bool:
         _quarantine(run, step)
         _amend(run, incident, "salvaged", bad)
         return True
-    ruined = verdict.reason == "optimizer" or not bool(state_is_finite([run.optimizer]))
+    ruined = run.ranks.any(verdict.reason == "optimizer" or not bool(state_is_finite([run.optimizer])))[0]
     try:
         run.guard.ledger.check(verdict)
         if ruined:
@@ -84,7 +85,11 @@ def keep_incident(run: Run, step: Step, *, precision: dict[str, Any] | None = No
         run.guard.discard()
     if run.incidents is None or verdict is None or verdict.reason in (None, "overflow"):
         return None
-    return run.incidents.record(incident_of(run, step, precision=precision))
+    incident = incident_of(run, step, precision=precision)
+    if run.ranks.rank == verdict.facts.rank:
+        return run.incidents.record(incident)
+    run.incidents.recorded += 1  # by the process that has the bad microbatch
+    return None
 
 
 def _amend(run: Run, incident: Path | None, kind: str, bad: list[int]) -> None:
@@ -95,11 +100,15 @@ def _amend(run: Run, incident: Path | None, kind: str, bad: list[int]) -> None:
 
 def scan(run: Run) -> None:
     """Look at all training data before the first step, and leave out the samples that hold NaN or Inf."""
-    size = run.loader.batch_size
-    for first in range(0, len(run.loader.dataset), size):
-        indices = range(first, min(first + size, len(run.loader.dataset)))
-        for index in bad_inputs([run.loader.read(indices, 0)]):
-            run.quarantine.add(index, epoch=0, step=0, sample=run.loader.read([index], 0).data)
+    size, total, ranks = run.loader.batch_size, len(run.loader.dataset), run.ranks
+    found: list[int] = []
+    for first in range(0, total, size * ranks.size):
+        poll(run)
+        own = first + size * ranks.rank
+        indices = range(min(own, total), min(own + size, total))
+        found += bad_inputs([run.loader.read(indices, 0)]) if indices else []
+    for index in sorted(index for some in ranks.gather(found) for index in some):
+        run.quarantine.add(index, epoch=0, step=0, sample=run.loader.read([index], 0).data)
     if run.quarantine.found:
         _keep_quarantine(run, "the data scan before the first step")
 
@@ -114,7 +123,7 @@ def _quarantine(run: Run, step: Step) -> None:
 
 def _keep_quarantine(run: Run, where: str) -> None:
     """Write the list down, and stop when it is too long for a few bad samples."""
-    if run.folder is not None:
+    if run.folder is not None and run.ranks.first:
         try:
             run.quarantine.write(run.folder.path / FILE_NAME)
         except OSError as error:

@@ -42,7 +42,7 @@ def record(run: Run, step: Step) -> None:
         run.totals.rejected += 1
         if verdict.reason != "overflow" or verdict.facts.scale_held:
             run.ramp.disturb()
-        run.tracker.rejected(row, step.indices(), verdict.detail + _suspects(step))
+        run.tracker.rejected(row, _seen(run, step), verdict.detail + _suspects(run, step))
     elif step.rejected_for is not None:
         run.tracker.salvaged(row, step.bad_samples, step.rejected_for.detail)
     run.tracker.step(row)
@@ -53,15 +53,16 @@ def located(run: Run, error: UnstableTraining, step: Step) -> UnstableTraining:
     step.verdict = error.verdict
     run.progress.step, run.progress.steps = step.index + 1, step.number + 1
     record(run, step)
-    shown = _listed(step.indices())
-    suspects = _suspects(step).removeprefix("; ")
+    shown = _listed(_seen(run, step))
+    suspects = _suspects(run, step).removeprefix("; ")
     said = f"epoch {step.epoch}, step {step.index}: {error} Samples: {shown}{f'; {suspects}' if suspects else ''}."
     return UnstableTraining(said, error.verdict)
 
 
-def _suspects(step: Step) -> str:
+def _suspects(run: Run, step: Step) -> str:
     """Name the samples of a rejected step whose own tensors aren't finite; empty if there are none."""
-    found = bad_inputs(step.microbatches)
+    assert step.verdict is not None
+    found = run.ranks.gather(bad_inputs(step.microbatches))[step.verdict.facts.rank]
     return f"; NaN or Inf in the data of {_listed(found)}" if found else ""
 
 
@@ -79,6 +80,12 @@ def say_quarantine(run: Run) -> None:
         run.tracker.note(f"  sample {sample['index']}, epoch {sample['epoch']}: {sample['odd']}")
     if len(found) > LISTED:
         run.tracker.note(f"  and {len(found) - LISTED} more in {FILE_NAME}")
+
+
+def _seen(run: Run, step: Step) -> list[int]:
+    """Return the samples that the process saw which found a rejected step bad."""
+    assert step.verdict is not None
+    return run.ranks.gather(step.indices())[step.verdict.facts.rank]
 
 
 def summarise(run: Run, status: Status, start: float, samples_before: int, message: str = "") -> Summary:
@@ -109,6 +116,7 @@ def summarise(run: Run, status: Status, start: float, samples_before: int, messa
         rolled_back=run.rollback.count if run.rollback is not None else 0,
         incidents=run.incidents.recorded if run.incidents is not None else 0,
         quarantined=sorted(run.quarantine.found),
+        checkpoints=run.checkpoint.summary() if run.checkpoint is not None else {},
     )
 
 

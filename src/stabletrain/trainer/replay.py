@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stabletrain.collectives import whole
 from stabletrain.data import Microbatch
 from stabletrain.errors import ConfigurationError
 from stabletrain.incident import Incident
@@ -69,6 +70,7 @@ def incident_of(
     assert step.verdict is not None and step.verdict.reason is not None
     assert not run.guard.begun
     progress = {**run.progress.state_dict(), "epoch": step.epoch, "step": step.index, "steps": step.number}
+    progress |= {"rank": step.rank, "ranks": step.ranks}
     facts = step.verdict.facts
     return Incident(
         kind=kind,
@@ -136,9 +138,9 @@ def replay(run: Run, incident: Incident) -> Replayed:
                 grad_norm=math.nan,
                 differences=differences,
             )
-        losses = forward_backward(run, step)
+        losses = forward_backward(run, step, alone=True)
         gradients = {name: sha256(p.grad) for name, p in run.model.named_parameters() if p.grad is not None}
-        facts = run.guard.attempt(losses, commit=False)
+        facts = run.guard.attempt(losses, commit=False, alone=True)
         return Replayed(
             reason=facts.reason,
             detail=facts.detail,
@@ -181,6 +183,8 @@ def at_incident(run: Run, incident: Incident) -> Iterator[Step]:
             index=incident.position["step"],
             number=incident.position["steps"],
             microbatches=[Microbatch(*pair) for pair in zip(data, incident.indices, strict=True)],
+            rank=incident.position.get("rank", 0),
+            ranks=incident.position.get("ranks", 1),
         )
 
 
@@ -201,9 +205,9 @@ def sha256(tensor: Tensor) -> str:
 
 def _state(run: Run) -> dict[str, Any]:
     return {
-        "model": run.model.state_dict(),
+        "model": whole(run.model.state_dict()),
         "buffers": _other_buffers(run.model),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": whole(run.optimizer.state_dict()),
     }
 
 

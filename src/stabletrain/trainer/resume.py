@@ -3,36 +3,67 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from stabletrain.checkpoint import CheckpointStore
+from stabletrain.collectives import sharded_like, whole
 from stabletrain.errors import ConfigurationError
+from stabletrain.folder import yaml_text
+from stabletrain.optimizer import with_changed
+from stabletrain.trainer.changes import STRUCTURAL, WITH_BATCH_NORM, Change, changes, listed
 from stabletrain.trainer.rollback import learned_state
 from stabletrain.trainer.run import Run
+from stabletrain.weights import tied_names
 
 log = logging.getLogger(__name__)
 
 
+ROLLBACK_NAME = "rollback.pt"
+
+
 def save(run: Run, metrics: dict[str, float] | None = None) -> None:
-    """Save everything that the rest of the run depends on."""
+    """Save everything that the rest of the run depends on.
+
+    Args:
+        run: between two steps.
+        metrics: of the validation of this state; None when it wasn't validated.
+    """
     assert run.checkpoint is not None
-    run.checkpoint.save(_state(run), updates=run.progress.updates, metrics=metrics)
+    further: dict[str, Any] = {}
+    run.ranks.same_buffers(run.model)
+    if run.rollback is not None and (kept := run.rollback.kept()) is not None:
+        further[ROLLBACK_NAME] = whole(kept)
+    position = {name: getattr(run.progress, name) for name in ("epoch", "step", "steps")}
+    state = _state(run)
+    if not run.ranks.first:
+        run.checkpoint.occasions.saved()
+        return
+    run.checkpoint.save(state, updates=run.progress.updates, position=position, metrics=metrics, further=further)
 
 
 def _state(run: Run) -> dict[str, Any]:
     return {
-        **learned_state(run),
+        **whole(learned_state(run)),
         "guard": run.guard.state_dict(),
         "progress": run.progress.state_dict(),
         "totals": run.totals.state_dict(),
         "quarantine": run.quarantine.state_dict(),
         "ramp": run.ramp.state_dict(),
-        "rollback": run.rollback.state_dict(run.progress.updates) if run.rollback is not None else {},
+        "rollback": whole(run.rollback.state_dict(run.progress.updates)) if run.rollback is not None else {},
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
+        # Of each process; clones, because they are views of the whole epoch's order.
+        "last_good": run.ranks.gather([indices.clone() for indices in run.last_good]),
         "metrics": run.metrics,
         "identity": run.identity,
+        "settings": yaml_text(run.settings),
+        "hyperparameters": run.hyperparameters,
+        "tied": tied_names(run.model),
     }
 
 
@@ -41,44 +72,132 @@ def resume(run: Run) -> None:
     store = run.checkpoint
     if store is None or run.resume == "never":
         return
-    state = store.latest() if run.resume in ("auto", "must") else store.load(run.resume)
+    state = _found(run, store)
     if state is None:
         if run.resume == "must":
             raise ConfigurationError(
                 f"resume=must, but {store.folder} holds no checkpoint; resume=auto starts from the beginning then."
             )
         return
-    _check_identity(run, state["identity"])
+    changed = _check_changes(run, state)
+    state |= _divided(run, state)
     _load_model(run.model, state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.ema is not None and state["ema"]:
-        run.ema.load_state_dict(state["ema"])
+    changed = _load_optimizer(run, state) | changed
+    if any(change.of_the_objective for change in changed.values()):
+        _forget_losses(run, state)
+    if run.ema is not None:
+        run.ema.load_state_dict(state["ema"]) if state["ema"] else run.ema.restart(run.model)
+    _note(run, changed)
     run.precision.load_state_dict(state["precision"])
     run.guard.load_state_dict(state["guard"])
     run.progress.load_state_dict(state["progress"])
     run.totals.load_state_dict(state["totals"])
     run.quarantine.load_state_dict(state["quarantine"])
-    run.ramp.load_state_dict(state["ramp"])
+    if "ramp" in state:  # younger than the format
+        run.ramp.load_state_dict(state["ramp"])
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
     if run.rollback is not None and state["rollback"]:
-        run.rollback.load_state_dict(state["rollback"], run)
+        rollback = state["rollback"]
+        kept = _kept(run, state, store.further.get(ROLLBACK_NAME))
+        trial = rollback.get("trial")
+        if trial is not None:
+            trial = _kept(run, state, trial) if "model" in trial else {**learned_state(run), **trial}
+        run.rollback.load_state_dict(rollback, kept, trial)
+        if any(change.of_the_objective for change in changed.values()):
+            run.rollback.forget_losses()
     if run.incidents is not None and state["incidents"]:
         run.incidents.load_state_dict(state["incidents"])
     run.fault.load_state_dict(state["fault"])
+    run.last_good = state["last_good"][run.ranks.rank % len(state["last_good"])]
     run.metrics.update(state["metrics"])
     run.tracker.truncate(run.progress)
     log.info("continuing at epoch %d, step %d", run.progress.epoch, run.progress.step)
 
 
-def _check_identity(run: Run, saved: dict[str, Any]) -> None:
-    changed = [name for name, value in run.identity.items() if name in saved and saved[name] != value]
-    if changed:
-        listed = "; ".join(f"{name} was {saved[name]!r} and is {run.identity[name]!r}" for name in changed)
+def _found(run: Run, store: CheckpointStore) -> dict[str, Any] | None:
+    """Return the state to continue from: the first process finds it and says which it is, the others read it too."""
+    if run.resume not in ("auto", "must"):
+        return store.load(run.resume)
+    states = []
+
+    def find() -> Path | None:
+        states.append(store.latest())
+        return store.found if states[0] is not None else None
+
+    found = run.ranks.from_first(find)
+    if found is None or run.ranks.first:
+        return states[0] if states else None
+    return store.load(found)
+
+
+def _check_changes(run: Run, state: dict[str, Any]) -> dict[str, Change]:
+    """Return by key what was changed since the checkpoint was saved; refuse what doesn't go with it."""
+    saved = state["identity"]
+    found = changes(saved, {name: run.identity.get(name) for name in saved})
+    found += changes(yaml.safe_load(state["settings"]), yaml.safe_load(yaml_text(run.settings)))
+    structural = STRUCTURAL | (WITH_BATCH_NORM if _has_batch_norm(run.model) else {})
+    changed = {change.key: change for change in found}
+    refused = [(change, why) for change in changed.values() if (why := change.reason(structural)) is not None]
+    if refused:
+        place = run.checkpoint.found if run.checkpoint is not None else None
+        lines = [f"\n  {one.key} was {one.before!r} and is {one.after!r}: {why}" for one, why in refused]
         raise ConfigurationError(
-            f"the checkpoint belongs to another run: {listed}. These decide which samples a step sees. Set them back, "
-            "or start anew under another name."
+            f"the checkpoint {place} was saved by a run that can't go on like this:{''.join(lines)}\nSet them back, or "
+            f"start a new run, from its weights if you like: name=<other> init_from={place}"
         )
+    return changed
+
+
+def _divided(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what is learned of a whole state, divided among the ranks as this run divides it."""
+    parameters = dict(enumerate(parameter for group in run.optimizer.param_groups for parameter in group["params"]))
+    optimizer = {
+        number: {name: sharded_like(value, parameters.get(number)) for name, value in memory.items()}
+        for number, memory in state["optimizer"]["state"].items()
+    }
+    average = run.ema.average if run.ema is not None else {}
+    return {
+        "model": sharded_like(state["model"], run.model.state_dict()),
+        "optimizer": {**state["optimizer"], "state": optimizer},
+        "ema": {name: sharded_like(value, average) for name, value in state["ema"].items()},
+    }
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _load_optimizer(run: Run, state: dict[str, Any]) -> dict[str, Change]:
+    """Load the optimizer's state under today's settings; return by key those that were changed."""
+    saved, changed = with_changed(state["optimizer"], state["hyperparameters"], run.hyperparameters)
+    run.optimizer.load_state_dict(saved)
+    return {f"optimizer.{name}": Change(f"optimizer.{name}", *pair) for name, pair in changed.items()}
+
+
+def _kept(run: Run, state: dict[str, Any], kept: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the copy to roll back to under today's settings."""
+    if kept is None:
+        return None
+    kept = kept | _divided(run, kept)
+    kept = {**kept, "optimizer": with_changed(kept["optimizer"], state["hyperparameters"], run.hyperparameters)[0]}
+    if run.ema is not None and not kept["ema"]:
+        kept["ema"] = {"average": {name: kept["model"][name] for name in run.ema.average}, "updates": 0}
+    return kept
+
+
+def _forget_losses(run: Run, state: dict[str, Any]) -> None:
+    """Let what compares losses begin anew."""
+    state["guard"] = {**state["guard"], "spikes": run.guard.state_dict()["spikes"]}
+    if run.rollback is not None and state["rollback"]:
+        state["rollback"] = {**state["rollback"], "divergence": run.rollback.state_dict()["divergence"]}
+
+
+def _note(run: Run, changed: dict[str, Change]) -> None:
+    if changed:
+        run.notes.append(f"continuing with changed settings: {listed(list(changed.values()))}")
+    if any(change.of_the_objective for change in changed.values()):
+        run.notes.append("the losses before and after this change can't be compared; `best` compares them all the same")
 
 
 def _load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:

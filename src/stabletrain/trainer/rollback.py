@@ -13,7 +13,9 @@ from stabletrain.errors import UnstableTraining
 from stabletrain.guard import Policy
 from stabletrain.guard.measure import state_is_finite
 from stabletrain.guard.spikes import Divergence
+from stabletrain.optimizer import set_learning_rate
 from stabletrain.trainer.run import Run
+from stabletrain.tree import is_distributed
 
 SOON = 4  # times `diverged_updates`: a rollback before that follows from what led to the one before
 
@@ -53,7 +55,10 @@ class Rollback:
         self._kept: dict[str, Any] | None = None  # the state to return to
         self._trial: dict[str, Any] | None = None  # the one that takes its place, once a loss shows that it is healthy
         self._memory: dict[str, Any] | None = None  # of the copy before, to be written over
-        self._divergence = Divergence(factor=policy.diverged_factor, updates=policy.diverged_updates)
+        self._divergence = self._detector()
+
+    def _detector(self) -> Divergence:
+        return Divergence(factor=self.policy.diverged_factor, updates=self.policy.diverged_updates)
 
     def observe(self, run: Run, loss: float) -> str | None:
         """Take in the loss of an applied step, and copy the state if it is time.
@@ -116,11 +121,12 @@ class Rollback:
     def begin(self, run: Run) -> None:
         """Copy the state that the run begins with, unless a checkpoint brought a copy along."""
         if self._kept is None:
+            set_learning_rate(run.optimizer, 1.0)  # the copy is to hold the base rates, as every later one does
             self._kept = self._copy(run)
 
     def _copy(self, run: Run, memory: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """Return a copy of the state, in the memory of another; None if not everything in it is finite."""
-        if not bool(state_is_finite([run.optimizer])):
+        if run.ranks.any(not bool(state_is_finite([run.optimizer])))[0]:
             return None
         state = {**learned_state(run), "spikes": run.guard.spikes.state_dict(), "updates": run.progress.updates}
         copy_of_it: dict[str, Any] = copied({**state, "divergence": self._divergence.state_dict()}, memory)
@@ -155,7 +161,8 @@ class Rollback:
         run.progress.updates = kept["updates"]
         self._trial = None
         run.guard.ledger.forgive()
-        run.guard.spikes.load_state_dict(kept["spikes"])
+        if kept["spikes"] is not None:
+            run.guard.spikes.load_state_dict(kept["spikes"])
         self._divergence.load_state_dict(kept["divergence"])
         self._divergence.wary = self._ceiling < 1.0
         run.ramp.disturb()
@@ -166,11 +173,22 @@ class Rollback:
             f"The learning rate is now at {self._level:.3g} of its plan."
         )
 
-    def state_dict(self, updates: int) -> dict[str, Any]:
-        """Return counts, level and copies.
+    def kept(self) -> dict[str, Any] | None:
+        """Return the copy to return to; None while there is none."""
+        return self._kept
+
+    def forget_losses(self) -> None:
+        """Let what is known of losses begin anew, also after a rollback: they can't be compared any more."""
+        self._divergence = self._detector()
+        for one in (self._kept, self._trial):
+            if one is not None:
+                one |= {"divergence": self._divergence.state_dict(), "spikes": None}
+
+    def state_dict(self, updates: int = -1) -> dict[str, Any]:
+        """Return counts, level, and the copy on trial; the one to return to is a file of its own in a checkpoint.
 
         Args:
-            updates: of the checkpoint. A copy of that very state is left out of it.
+            updates: of the checkpoint. A copy of that very state holds only what the checkpoint doesn't.
         """
         trial = self._trial
         if trial is not None and trial["updates"] == updates:
@@ -178,7 +196,6 @@ class Rollback:
         return {
             "count": self.count,
             "in_a_row": self._in_a_row,
-            "kept": self._kept,
             "trial": trial,
             "level": self._level,
             "lowered_to": self._lowered_to,
@@ -188,20 +205,25 @@ class Rollback:
             "divergence": self._divergence.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], run: Run) -> None:
-        """Take over counts, level and copies.
+    def load_state_dict(
+        self, state: dict[str, Any], kept: dict[str, Any] | None = None, trial: dict[str, Any] | None = None
+    ) -> None:
+        """Take over counts and level.
 
         Args:
             state: what `state_dict` returned.
-            run: has the checkpoint's state already.
+            kept: the copy to return to; None: there was none.
+            trial: the copy on trial, whole; None: there was none.
         """
+        state = {**Rollback(self.policy).state_dict(), **state}  # from an older version, some of it is missing
         self.count, self._in_a_row = int(state["count"]), int(state["in_a_row"])
         self._level, self._lowered_to = float(state["level"]), float(state["lowered_to"])
         self._ceiling = float(state["ceiling"])
         self._since, self._warm_from = int(state["since"]), state["warm_from"]
         self._divergence.load_state_dict(state["divergence"])
-        self._kept, trial = copied(state["kept"]), state["trial"]
-        self._trial = copied({**learned_state(run), **trial}) if trial is not None else None
+        since = {"updates": state.get("kept_updates", 0), "divergence": self._detector().state_dict(), "spikes": None}
+        self._kept = copied({**since, **kept}) if kept is not None else None
+        self._trial = copied(trial)
 
 
 def learned_state(run: Run) -> dict[str, Any]:
@@ -240,7 +262,7 @@ def _copied(tree: Any, memory: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
     if isinstance(tree, Tensor):
         source = tree.detach()
         fits = isinstance(memory, Tensor) and memory.shape == source.shape and memory.dtype == source.dtype
-        if not fits or source.is_sparse:
+        if not fits or source.is_sparse or is_distributed(source):
             return source.to("cpu", copy=True)
         pairs.append((memory, source))
         return memory

@@ -11,15 +11,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stabletrain.checkpoint import CheckpointStore
+from stabletrain.collectives import Ranks
 from stabletrain.data import Loader, Microbatch, OrderedLoader
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.fault import Fault, NoFault
 from stabletrain.folder import RunFolder
 from stabletrain.guard import StepGuard, Verdict
 from stabletrain.incident import IncidentStore
+from stabletrain.parallel import SingleProcess
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp
+from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals, Progress
 from stabletrain.task import Task
 from stabletrain.tracking import Tracker
@@ -35,6 +38,7 @@ class Run:
     """Everything a run is made of, finished and ready."""
 
     model: nn.Module
+    network: nn.Module  # what training calls: the model, or torch's wrapper that exchanges gradients
     task: Task
     optimizer: Optimizer
     loader: Loader
@@ -51,6 +55,7 @@ class Run:
     total_steps: int  # planned
     seed: int
     device: torch.device
+    parallel: SingleProcess = field(default_factory=SingleProcess)
     ramp: Ramp = field(default_factory=Ramp)
     validate_from: int = 0  # updates before which nothing is validated
     fault: Fault = field(default_factory=NoFault)
@@ -58,15 +63,36 @@ class Run:
     incidents: IncidentStore | None = None
     rollback: Rollback | None = None  # where the policy has one
     last_good: list[torch.Tensor] = field(default_factory=list)  # samples of the last applied step
+    signals: Signals = field(default_factory=Signals)  # that ask the run to save and end
     folder: RunFolder | None = None  # locked until the run has ended
     resume: str = "auto"  # auto, never, must, or a checkpoint's path
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change between a run and its resumption
-    settings: dict[str, Any] = field(default_factory=dict)  # the resolved config, for the record
+    hyperparameters: list[dict[str, Any]] = field(default_factory=list)  # the optimizer's, as it was built
+    settings: dict[str, Any] = field(default_factory=dict)  # the resolved config
     notes: list[str] = field(default_factory=list)  # what was done to the data, for the user to read
     overrides: list[str] = field(default_factory=list)  # what was given on the command line, for the record
     progress: Progress = field(default_factory=Progress)
     totals: EpochTotals = field(default_factory=EpochTotals)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # "final", "best" and "test"
+
+    def step(self, epoch: int, index: int, number: int, microbatches: list[Microbatch]) -> Step:
+        """Return a step that begins.
+
+        Args:
+            epoch: from 0.
+            index: within the epoch.
+            number: over the whole run, from 0.
+            microbatches: of this rank.
+        """
+        ranks = self.ranks
+        return Step(
+            epoch=epoch, index=index, number=number, microbatches=microbatches, rank=ranks.rank, ranks=ranks.size
+        )
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of this run."""
+        return self.parallel.ranks
 
 
 @dataclass(kw_only=True)
@@ -90,6 +116,7 @@ class Summary:
     rolled_back: int = 0
     incidents: int = 0
     quarantined: list[int] = field(default_factory=list)
+    checkpoints: dict[str, Any] = field(default_factory=dict)  # saved, failed, refused, and the last problem
 
 
 @dataclass(kw_only=True)
@@ -101,6 +128,8 @@ class Step:
     number: int = 0  # over the whole run, from 0
     rate: float = 0.0  # learning rate
     microbatches: list[Microbatch]
+    rank: int = 0  # whose microbatches these are; those of a step are dealt out in turn
+    ranks: int = 1
     verdict: Verdict | None = None
     rejected_for: Verdict | None = None  # of a salvaged step: the verdict before its bad samples were left out
     bad_samples: list[int] = field(default_factory=list)  # left out of it

@@ -6,7 +6,7 @@ the state before the step, and judged as a step would be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,10 @@ from stabletrain.guard.verdict import Facts, Verdict
 from stabletrain.trainer.run import Run, Step
 from stabletrain.trainer.step import forward_backward
 
+NO_TRIAL = (
+    "the bad samples can't be seen, and no process can try some of them alone here, because its forward waits for the "
+    "others (parallel=fsdp2, or sync_batchnorm); the step is skipped"
+)
 SALVAGEABLE = ("loss", "gradient", "buffer")  # a spike or a bad state is no sample's fault
 Probe = Callable[[Sequence[int]], bool]
 
@@ -36,11 +40,14 @@ def salvage(run: Run, step: Step) -> list[int] | None:
     assert step.verdict is not None
     if step.verdict.reason not in SALVAGEABLE:
         return None
-    bad = set(bad_inputs(step.microbatches))
+    bad = _of_all_ranks(run, bad_inputs(step.microbatches))
     facts = _run_without(run, step, bad) if bad else None
     if facts is None or facts.reason is not None:
+        if run.ranks.together and not run.parallel.tries_alone:
+            run.tracker.note(NO_TRIAL)
+            return None
         with _without_loss_scale(run):
-            found = _search(run, step, bad)
+            found = _of_all_ranks(run, _search(run, step, bad))
         if bad and not found:
             return None
         bad |= found  # none at all: what happened may have passed, so the whole step is run again
@@ -106,6 +113,10 @@ def _either(first: list[bool], others: list[list[bool]]) -> list[bool]:
     return [any(flags) for flags in zip(first, *others, strict=True)]
 
 
+def _of_all_ranks(run: Run, found: Iterable[int]) -> set[int]:
+    return {index for indices in run.ranks.gather(sorted(found)) for index in indices}
+
+
 def _search(run: Run, step: Step, known: set[int]) -> set[int]:
     """Find bad samples by running groups of them alone; none of `known` takes part."""
     smallest = _smallest(run.model)
@@ -117,10 +128,12 @@ def _search(run: Run, step: Step, known: set[int]) -> set[int]:
         def is_bad(indices: Sequence[int], number: int = number) -> bool:
             partners = [index for index in good if index not in indices][: max(0, smallest - len(indices))]
             probe = _alone(run, step, number, [*indices, *partners])
-            return _attempt(run, probe, commit=False).reason in SALVAGEABLE
+            run.guard.begin()
+            losses = forward_backward(run, probe, alone=True)
+            return run.guard.attempt(losses, commit=False, alone=True).reason in SALVAGEABLE
 
-        alone = len(step.microbatches) == 1 and not known
-        if group and (alone or is_bad(group)):
+        only = len(step.microbatches) == 1 and not known and not run.ranks.together
+        if group and (only or is_bad(group)):
             found |= set(bisect(is_bad, group, good, smallest))
         else:
             good.extend(group)
@@ -165,9 +178,12 @@ def bisect(is_bad: Probe, group: Sequence[int], good: list[int], smallest: int =
 
 
 def _run_without(run: Run, step: Step, bad: Collection[int]) -> Facts | None:
-    """Run the step without some samples and commit it if it is healthy; None if nothing is left."""
+    """Run the step without some samples and commit it if it is healthy; None if nothing is left, on any rank."""
     reduced = [_reduced(run, step, microbatch, bad) for microbatch in step.microbatches]
-    if all(len(microbatch.indices) == 0 for microbatch in reduced):
+    empty = [len(microbatch.indices) == 0 for microbatch in reduced]
+    # Where every forward is common to all ranks, none of them can leave one out.
+    missing = all(empty) or (any(empty) and run.ranks.together and not run.parallel.tries_alone)
+    if run.ranks.any(missing)[0]:
         return None
     return _attempt(run, replace(step, microbatches=reduced), commit=True)
 
@@ -200,5 +216,6 @@ def read_samples(run: Run, step: Step, indices: Sequence[int]) -> Microbatch:
 
 
 def _attempt(run: Run, step: Step, *, commit: bool) -> Facts:
+    run.parallel.begin_step(run.model)
     run.guard.begin()
     return run.guard.attempt(forward_backward(run, step), commit=commit)

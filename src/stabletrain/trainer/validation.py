@@ -12,7 +12,7 @@ from stabletrain.errors import UnstableTraining
 from stabletrain.finite import first_nonfinite
 from stabletrain.precision import Precision
 from stabletrain.quarantine import what_is_odd
-from stabletrain.trainer.evaluation import evaluate
+from stabletrain.trainer.evaluation import evaluate, evaluate_all
 from stabletrain.trainer.replay import incident_of_validation
 from stabletrain.trainer.run import Run
 
@@ -31,7 +31,7 @@ def validate(run: Run) -> Mapping[str, float | None]:
     if run.progress.updates < run.validate_from:
         # The table of epochs begins with their names, which one batch tells.
         return dict.fromkeys(evaluate(run, islice(run.validation, 1))) if run.progress.epoch == 0 else {}
-    metrics = run.fault.validation(run.progress.steps, evaluate(run, run.validation))
+    metrics = run.fault.validation(run.progress.steps, evaluate_all(run, run.validation))
     bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if not bad:
         return metrics
@@ -70,7 +70,7 @@ def _look_closer(run: Run, metrics: dict[str, float]) -> str:
         ]
     finally:
         run.precision = reduced
-    if run.incidents is not None:
+    if run.incidents is not None and run.ranks.first:
         odd = [{"index": i, "odd": what_is_odd(run.validation.read([i]).data)} for i in samples]
         run.incidents.record(incident_of_validation(run, metrics, suspects, odd))
     shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
