@@ -107,7 +107,7 @@ def culprit(fault: str, found: Outcome) -> str:
     pattern = NAMED[fault]
     if pattern is not None:
         return "named" if re.search(pattern, found.said) else "unnamed"
-    if len(found.quarantined) == SAMPLES:
+    if len(found.quarantined) == SAMPLES or "NaN or Inf in the data of" in found.said:
         return "named"
     return "its batch" if re.search(r"amples:? \[?\d", found.said) else "unnamed"
 

@@ -1,6 +1,6 @@
 """Largest resident memory of a process that trains, with each policy of the trainer against a bare loop.
 
-    python benchmarks/memory.py [--steps 120]
+    python benchmarks/memory.py [--steps 120] [--workloads transformer lstm digits]
 
 Beside it, exactly: the bytes of the copies that guard and rollback hold, as multiples of the model's buffers and
 of the whole state (model and optimizer).
@@ -55,12 +55,13 @@ def main() -> None:
     """Run one process for each loop and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--workloads", nargs="+", default=["transformer", "lstm", "digits"])
     parser.add_argument("--child", nargs=2, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
         train(*arguments.child, arguments.steps)
         return
-    for name in ("transformer", "lstm", "digits"):
+    for name in arguments.workloads:
         peaks = {}
         for loop in ("bare", "skip", "salvage", "rollback"):
             command = [sys.executable, __file__, "--steps", str(arguments.steps), "--child", name, loop]

@@ -30,7 +30,6 @@ from workloads import MeanLoss, Workload, workloads
 from stabletrain.assembly import assemble
 from stabletrain.guard import Policy, StepGuard
 from stabletrain.optimizer import adamw
-from stabletrain.signals import Signals
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run
 from stabletrain.trainer.loop import train_epoch
@@ -147,11 +146,10 @@ def trainer(load: Workload, folder: Path, guard: str = "skip") -> Run:
 
 def ours(run: Run) -> Loop:
     """Whole epochs of the trainer."""
-    signals = Signals()
 
     def loop(steps: int) -> None:
         for _ in range(steps // run.loader.steps_per_epoch):
-            train_epoch(run, signals)
+            train_epoch(run)
             run.progress.epoch, run.progress.step = run.progress.epoch + 1, 0
 
     return loop
