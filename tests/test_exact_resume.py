@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -129,7 +128,7 @@ def interrupt(run: Run, at: int, how: str) -> None:
     def step(record: Any) -> None:
         note(record)
         if record["steps"] == at and how == "signal":
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)  # to this thread: noted before the next line
         elif record["steps"] == at:
             raise Killed
 

@@ -34,7 +34,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parent
 
 
 def ask(number: signal.Signals = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)  # to this thread, so that it is noted before the next line
 
 
 def points(count: int, seed: int = 0) -> ArrayDataset:
