@@ -22,8 +22,8 @@ from stabletrain.parallel import DataParallel, FullySharded, SingleProcess
 SALVAGE = Policy(on_rejection="salvage", spikes=True)
 ROLLBACK = Policy(on_rejection="rollback", spikes=True, snapshot_every=3, rewarm=3)
 # What one process does with two microbatches, two ranks do with one each; bit for bit, since halving is exact. Where
-# the weights aren't known before (class weights, and what a salvage leaves), the gradients are corrected once they are, by
-# the weight of the first microbatch in one process and by the number of samples on several: that rounds another way.
+# the weights aren't known before (class weights, and what a salvage leaves), the gradients are corrected once they are:
+# from the weight of the first microbatch in one process, from the number of samples on several. That rounds otherwise.
 SAME_AS_ONE_PROCESS = {
     "plain": Training(),
     "class weights": Training(weighted=True),

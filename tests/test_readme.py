@@ -108,7 +108,12 @@ def test_the_targets_of_make(command: str) -> None:
         [*shlex.split(command), "--dry-run"], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    expected = {"test": "-m pytest", "checks": "-m mypy", "setup": "pip install"}
+    expected = {
+        "test": "-m pytest",
+        "test-integrations": "tests/integrations",
+        "checks": "-m mypy",
+        "setup": "pip install",
+    }
     target = command.split()[1]
     preset = target.removeprefix("train-")
     wanted = expected.get(target, f"-m stabletrain +preset={preset}")

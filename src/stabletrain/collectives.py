@@ -151,9 +151,10 @@ def first_to_say(name: str, value: str) -> str:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ConfigurationError(
-            "several processes were started without torchrun, so they can't agree on a name for the run: give name=<name>"
+            "several processes were started without torchrun, so they can't agree on the run's name: give name=<own>"
         )
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False)  # type: ignore[attr-defined]  # public, but not in its list of names
     return bytes(store.compare_set(name, "", value)).decode()
 
 
@@ -167,15 +168,28 @@ def ranks_of(modules: Iterable[nn.Module]) -> Ranks:
         >>> ranks_of([nn.Linear(2, 1)]).size
         1
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Ranks()
+    ranks = all_ranks()
+    if not ranks.together:
+        return ranks
     for module in modules:
         for part in module.modules():
             if isinstance(part, DistributedDataParallel):
                 return Ranks(part.process_group)
         if any(is_distributed(parameter) for parameter in module.parameters()):
-            return Ranks(dist.group.WORLD)
+            return ranks
     return Ranks()
+
+
+def all_ranks() -> Ranks:
+    """Return all processes of this job as one group, for models that were taken out of torch's wrappers.
+
+    Example:
+        >>> all_ranks().size
+        1
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Ranks()
+    return Ranks(dist.group.WORLD)
 
 
 def whole(tree: Any) -> Any:

@@ -98,7 +98,8 @@ def resume(run: Run) -> None:
     run.progress.load_state_dict(state["progress"])
     run.totals.load_state_dict(state["totals"])
     run.quarantine.load_state_dict(state["quarantine"])
-    run.ramp.load_state_dict(state["ramp"])
+    if "ramp" in state:  # younger than the format
+        run.ramp.load_state_dict(state["ramp"])
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
     if run.rollback is not None and state["rollback"]:
@@ -151,9 +152,9 @@ def _check_changes(run: Run, state: dict[str, Any]) -> dict[str, Change]:
 
 def _divided(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     """Return what is learned of a whole state, divided among the ranks as this run divides it."""
-    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(enumerate(parameter for group in run.optimizer.param_groups for parameter in group["params"]))
     optimizer = {
-        number: {name: sharded_like(value, parameters[number]) for name, value in memory.items()}
+        number: {name: sharded_like(value, parameters.get(number)) for name, value in memory.items()}
         for number, memory in state["optimizer"]["state"].items()
     }
     average = run.ema.average if run.ema is not None else {}
