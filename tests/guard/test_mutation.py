@@ -139,7 +139,7 @@ def suite() -> Iterator[Callable[[], object]]:
 
 MODULES = (
     *(test_attached, test_traps, test_snapshot, test_measure, test_on_device),
-    *(test_spikes, test_attempt, test_ledger, test_loss_scale),
+    *(test_spikes, test_attempt, test_ledger, test_loss_scale, test_attached),
 )
 SLOW = {
     "test_nothing_is_read_in_the_steady_state",
