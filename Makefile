@@ -3,7 +3,6 @@
 VENV ?= .venv
 PYTHON ?=
 PIP_ARGS ?=
-PROCESSES ?= 2
 ARGS ?=
 PROCESSES ?= 2
 
