@@ -257,7 +257,7 @@ def test_what_a_rollback_returns_to_has_the_new_settings_too(tmp_path: Path) -> 
     guard = Policy(on_rejection="rollback", max_incidents=0)
     train(make(tmp_path / "run", guard=guard))
     run = resumed(make(tmp_path / "saved", guard=guard), tmp_path / "run")
-    save(run, planned=False)
+    save(run)
     assert run.checkpoint is not None
     assert run.checkpoint.wait() is not None
     changed = make(

@@ -23,6 +23,7 @@ class Run:
 
     library: str
     accumulate: int = 1
+    precision: str = "no"
     hole: bool = False  # whether the bad step is left out, as if it had never been
 
 
@@ -55,5 +56,5 @@ def train(run: Run) -> dict[str, Any]:
             assert trained.guard is not None
             guard = trained.guard
         else:
-            guard, end = train_accelerate(made, norm=True, accumulate=run.accumulate)
+            guard, end = train_accelerate(made, norm=True, accumulate=run.accumulate, precision=run.precision)
     return {"reasons": dict(guard.stats.reasons), "applied": guard.stats.applied, "end": end}

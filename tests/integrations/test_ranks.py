@@ -14,6 +14,7 @@ from integrations.rank_runs import RANKS, STEPS, Run, train
 from ranks import run_ranks
 
 RUNS = [Run(library, accumulate) for library in ("lightning", "huggingface", "accelerate") for accumulate in (1, 4)]
+RUNS.append(Run("accelerate", precision="fp16"))
 
 
 @functools.cache
@@ -22,7 +23,7 @@ def outcomes() -> dict[Run, list[dict[str, Any]]]:
     return dict(zip(runs, run_ranks(train, RANKS, runs), strict=True))
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.library}-{run.accumulate}")
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.library}-{run.accumulate}-{run.precision}")
 def test_a_step_that_is_bad_on_one_rank_never_happened(run: Run) -> None:
     bad, hole = outcomes()[run], outcomes()[replace(run, hole=True)]
     for one, other in zip(bad, hole, strict=True):
