@@ -219,10 +219,6 @@ def test_every_option_that_the_table_of_groups_names_is_there() -> None:
     section = README.partition("## Groups")[2].partition("\n## ")[0]
     rows = [row.split("|")[1:3] for row in section.splitlines() if row.startswith("| `") and ";" not in row]
     named = {(group.strip(" `"), option) for group, options in rows for option in re.findall(r"`(\w+)`", options)}
-    there = {
-        (path.parent.name, path.stem)
-        for path in (PROJECT / "conf").glob("*/*.yaml")
-        if path.parent.name not in ("task", "parallel")
-    }
+    there = {(path.parent.name, path.stem) for path in (PROJECT / "conf").glob("*/*.yaml")}
     assert named == there
     assert len(there) > 40
