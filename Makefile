@@ -4,21 +4,23 @@ VENV ?= .venv
 PYTHON ?=
 PIP_ARGS ?=
 ARGS ?=
+PROCESSES ?= 2
 
 RUN := $(VENV)/bin/python
 # A stamp says that the environment is as new as the two files that describe it. It goes before an install begins, so a
 # broken install is tried again. The second one adds what tests and checks need.
 INSTALLED := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-development
+INTEGRATIONS := $(VENV)/.installed-integrations
 INSTALL = $(RUN) -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-normal train-stable train-safe test checks clean
+.PHONY: help setup train-normal train-stable train-safe train-stable-multi test test-integrations checks clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS=\"key=value ...\"] [PYTHON=python3.11] [VENV=.venv] [PIP_ARGS=...]"
 	@grep -hE '^[a-z-]+:.*## ' Makefile | while IFS= read -r line; do \
-	  printf '  %-14s %s\n' "$${line%%:*}" "$${line##*## }"; done
+	  printf '  %-18s %s\n' "$${line%%:*}" "$${line##*## }"; done
 	@echo 'ARGS go to the program or to pytest: make train-safe ARGS="precision=bf16 seed=3"'
 
 setup: $(INSTALLED) ## create the environment and install stabletrain into it
@@ -33,8 +35,15 @@ train-stable: $(INSTALLED) ## train it with the preset stable
 train-safe: $(INSTALLED) ## train it with the preset safe
 	@$(RUN) -m stabletrain +preset=safe $(ARGS)
 
+train-stable-multi: $(INSTALLED) ## train it with the preset stable on PROCESSES=2 processes
+	@$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m stabletrain +preset=stable parallel=ddp $(ARGS)
+
 test: $(DEVELOPMENT) ## run the tests and the examples in docstrings
 	@$(RUN) -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+test-integrations: $(INTEGRATIONS) ## test the adapters for Lightning, Hugging Face and Accelerate
+	@$(RUN) -m pytest -q -n 2 --dist worksteal -o addopts="--doctest-modules --import-mode=importlib --strict-markers -ra" \
+	  tests/integrations src/stabletrain/integrations $(ARGS)
 
 checks: $(DEVELOPMENT) ## lint, formatting, types, layers
 	@$(RUN) -m ruff check .
@@ -74,4 +83,10 @@ $(DEVELOPMENT): $(INSTALLED)
 	@rm -f "$@"
 	@echo "installing what tests and checks need"
 	@$(INSTALL) -e '.[dev]'
+	@touch "$@"
+
+$(INTEGRATIONS): $(DEVELOPMENT)
+	@rm -f "$@"
+	@echo "installing Lightning, Transformers and Accelerate"
+	@$(INSTALL) -e '.[integrations]'
 	@touch "$@"

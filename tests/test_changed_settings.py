@@ -76,7 +76,10 @@ def resumed(run: Run, source: Path) -> Run:
         ("data.validation=0.3", r"data.validation was 0.15 and is 0.3: the position in the epoch counts these samples"),
         ("seed=5", r"seed was 0 and is 5: it decides the order of the samples and every random draw"),
         ("batch_size=64", r"batch_size was 128 and is 64: the position in the epoch counts steps of this size"),
-        ("accumulate=2", r"accumulate was 1 and is 2: the model's running statistics are of microbatches of this size"),
+        (
+            "accumulate=2",
+            r"microbatch was 128 and is 64: the model's running statistics are of microbatches of this size",
+        ),
         (
             "optimizer=sgd",
             r"optimizer class was 'torch.optim.adamw.AdamW' and is 'torch.optim.sgd.SGD'",
@@ -107,7 +110,7 @@ def test_the_data_is_compared_besides_its_settings(tmp_path: Path) -> None:
 
 def test_a_run_from_python_is_compared_by_what_it_is(tmp_path: Path) -> None:
     train(make(tmp_path / "run"))
-    with pytest.raises(ConfigurationError, match=r"accumulate was 1 and is 2.*"):
+    with pytest.raises(ConfigurationError, match="microbatch was 16 and is 8: the model's running"):
         resumed(make(tmp_path / "a", accumulate=2), tmp_path / "run")
     with pytest.raises(
         ConfigurationError, match=r"optimizer class was 'torch.optim.adamw.AdamW' and is 'torch.optim.adam.A"
@@ -150,7 +153,7 @@ def test_harmless_settings_are_listed(trained: Path, tmp_path: Path) -> None:
 def test_accumulation_may_change_where_nothing_depends_on_it(tmp_path: Path) -> None:
     train(make(tmp_path / "run", batch_norm=False))
     run = resumed(make(tmp_path / "other", batch_norm=False, accumulate=2, epochs=2), tmp_path / "run")
-    assert run.notes == ["continuing with changed settings: accumulate 1 -> 2"]
+    assert run.notes == ["continuing with changed settings: microbatch 16 -> 8"]
     assert train(run).updates == 12
 
 

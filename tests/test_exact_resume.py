@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -123,17 +122,20 @@ class Killed(BaseException):
 
 
 def interrupt(run: Run, at: int, how: str) -> None:
-    """Train until something ends the run after step `at`."""
-    note = run.tracker.step
+    """Train until something ends the run after step `at`: a signal that comes during it, or a kill just after it."""
+    note, before = run.tracker.step, run.fault.before_step
 
     def step(record: Any) -> None:
         note(record)
-        if record["steps"] == at and how == "signal":
-            os.kill(os.getpid(), signal.SIGUSR1)
-        elif record["steps"] == at:
+        if record["steps"] == at and how != "signal":
             raise Killed
 
-    run.tracker.step = step  # type: ignore[method-assign]
+    def before_step(steps: int, microbatches: Any) -> Any:
+        if steps == at - 1 and how == "signal" and not run.signals.received:
+            signal.raise_signal(signal.SIGUSR1)  # to this thread: noted before the next line
+        return before(steps, microbatches)
+
+    run.tracker.step, run.fault.before_step = step, before_step  # type: ignore[method-assign,assign]
     with pytest.raises(Interrupted if how == "signal" else Killed):
         train(run)
 

@@ -40,7 +40,7 @@ LAYERS = (
         "tracking",
     },
     {"weights"},
-    {"trainer"},
+    {"trainer", "integrations"},
     {"assembly"},
     {"build", "config"},
     {"export", "sweep"},
@@ -48,6 +48,7 @@ LAYERS = (
 )
 MAY_USE_HYDRA = {"build", "config", "sweep", "__main__"}
 HYDRA = {"hydra", "omegaconf"}
+FRAMEWORKS = {"accelerate", "lightning", "pytorch_lightning", "transformers"}
 # The package itself resolves public names lazily; inside the project each is imported from its home.
 ROOT_NAMES = {"__version__"}
 
@@ -79,6 +80,8 @@ def violations(source: str, module: str) -> list[str]:
         top, *rest = name.split(".")
         if top in HYDRA and unit not in MAY_USE_HYDRA:
             found.append(f"{module} imports {name}; Hydra belongs to {sorted(MAY_USE_HYDRA)}")
+        if top in FRAMEWORKS and unit != "integrations":
+            found.append(f"{module} imports {name}; other people's loops belong to integrations")
         if top != "stabletrain":
             continue
         if not rest or (len(rest) == 1 and not any(rest[0] in units for units in LAYERS)):
@@ -120,6 +123,7 @@ def test_imports_run_downward() -> None:
         ("stabletrain.errors", "from stabletrain.state import Progress"),
         ("stabletrain.trainer.loop", "from omegaconf import OmegaConf"),
         ("stabletrain.assembly", "import hydra.utils"),
+        ("stabletrain.trainer.loop", "from transformers import Trainer"),
     ],
 )
 def test_a_wrong_import_is_seen(module: str, source: str) -> None:

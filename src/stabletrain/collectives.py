@@ -168,15 +168,28 @@ def ranks_of(modules: Iterable[nn.Module]) -> Ranks:
         >>> ranks_of([nn.Linear(2, 1)]).size
         1
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Ranks()
+    ranks = all_ranks()
+    if not ranks.together:
+        return ranks
     for module in modules:
         for part in module.modules():
             if isinstance(part, DistributedDataParallel):
                 return Ranks(part.process_group)
         if any(is_distributed(parameter) for parameter in module.parameters()):
-            return Ranks(dist.group.WORLD)
+            return ranks
     return Ranks()
+
+
+def all_ranks() -> Ranks:
+    """Return all processes of this job as one group, for models that were taken out of torch's wrappers.
+
+    Example:
+        >>> all_ranks().size
+        1
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Ranks()
+    return Ranks(dist.group.WORLD)
 
 
 def whole(tree: Any) -> Any:

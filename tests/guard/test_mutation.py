@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from stabletrain.guard import hooks, ledger, loss_scale, measure, on_device, snapshot, spikes, step_guard
+from stabletrain.guard import attached, hooks, ledger, loss_scale, measure, on_device, snapshot, spikes, step_guard
 
 from . import (
+    test_attached,
     test_attempt,
     test_ledger,
     test_loss_scale,
@@ -45,8 +46,16 @@ TARGETS: list[tuple[Any, tuple[str, ...]]] = [
         step_guard.StepGuard,
         ("step", "begin", "settle", "load_state_dict", "forget", "remove", "_check_begun", "_judge", "_judge_buffers",
          "_judge_optimizers", "_commit", "_note_applied", "_undo", "_drop_gradients", "_stays_on_device",
-         "_step_on_device", "attempt", "begun", "discard", "_count", "call_no_overflow"),
+         "_step_on_device", "attempt", "begun", "discard", "_count", "call_no_overflow", "attach",
+         "observe", "_limit_gradients", "_note_committed"),
     ),
+    (
+        attached.Attachment,
+        ("__init__", "observe", "decide", "settle_scale", "remove", "_before", "_is_due", "_prepare", "_after", "_note",
+         "_unscale", "_judge"),
+    ),
+    (attached, ("_values", "_put_back")),
+    (hooks, ("end_step_of_others",)),
     (hooks.BeforeForward, ("__call__",)),
     (hooks.AfterLoading, ("__call__",)),
     (hooks.Hook, ("__deepcopy__", "__reduce__")),
@@ -129,8 +138,8 @@ def suite() -> Iterator[Callable[[], object]]:
 
 
 MODULES = (
-    *(test_traps, test_snapshot, test_measure, test_on_device),
-    *(test_spikes, test_attempt, test_ledger, test_loss_scale),
+    *(test_attached, test_traps, test_snapshot, test_measure, test_on_device),
+    *(test_spikes, test_attempt, test_ledger, test_loss_scale, test_attached),
 )
 SLOW = {
     "test_nothing_is_read_in_the_steady_state",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from stabletrain.collectives import Ranks
@@ -12,7 +14,8 @@ def agreed(facts: Facts, ranks: Ranks, device: torch.device) -> Facts:
     """Return what all ranks together have found: the first fault in the order of decision, whichever rank has it.
 
     Args:
-        facts: found by this rank; the gradients, and so their norm, are common to all ranks already.
+        facts: found by this rank; the gradients, and so their norm, are common to all ranks already. The loss is NaN
+            where none was seen.
         ranks: all of them have to ask at once.
         device: where the ranks can reduce tensors.
 
@@ -29,7 +32,7 @@ def agreed(facts: Facts, ranks: Ranks, device: torch.device) -> Facts:
     mean, anywhere = ranks.agree(torch.tensor(facts.loss, device=device), found)
     reasons = [fault for fault, flag in zip(FAULTS, anywhere.tolist(), strict=True) if flag]
     if not reasons:
-        return facts._replace(loss=float(mean))
+        return facts._replace(loss=float(mean)) if math.isfinite(facts.loss) else facts  # no rank has seen a loss
     everybody = ranks.gather(facts)  # only now, and only then: rejections are rare
     rank = next(number for number, other in enumerate(everybody) if other.reason == reasons[0])
     return everybody[rank]._replace(detail=f"rank {rank}: {everybody[rank].detail}", rank=rank)

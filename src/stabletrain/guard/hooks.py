@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from stabletrain.guard import measure
 
@@ -35,6 +36,9 @@ class Hook:
 class BeforeForward(Hook):
     """Marks the start of a step at the first forward after a decision."""
 
+    # Not traced, so that a compiled forward stays in one piece. Unlike torch.compiler.disable this doesn't load the
+    # compiler, which takes seconds, before the first call; by then an optimizer has loaded it.
+    @_disable_dynamo
     def __call__(self, module: nn.Module, *_: Any) -> None:
         """Begin a step if none is begun."""
         guard = self.guard
@@ -61,3 +65,15 @@ def watch(module: nn.Module, guard: StepGuard) -> list[Any]:
         module.register_forward_pre_hook(BeforeForward(guard), prepend=True),
         *(part.register_load_state_dict_post_hook(after) for part in module.modules()),  # type: ignore[no-untyped-call]
     ]
+
+
+def end_step_of_others(guard: StepGuard) -> None:
+    """End the step of every other guard of these models, because a decision about what they did was made.
+
+    Two networks that train in turn run each other: what one ran within the other's step was decided there.
+    """
+    for module in guard.models:
+        for hook in module._forward_pre_hooks.values():
+            other = hook.guard if isinstance(hook, BeforeForward) else None
+            if other is not None and other is not guard:
+                other._snapshot.taken = False

@@ -15,7 +15,8 @@ from stabletrain.errors import ConfigurationError, UnstableTraining
 from stabletrain.finite import first_nonfinite, global_norm, limit_norm
 from stabletrain.guard import loss_scale, measure
 from stabletrain.guard.agreement import agreed
-from stabletrain.guard.hooks import watch
+from stabletrain.guard.attached import AfterStep, Attachment
+from stabletrain.guard.hooks import end_step_of_others, watch
 from stabletrain.guard.ledger import Ledger, Policy
 from stabletrain.guard.on_device import DeviceStep, can_skip_on_device
 from stabletrain.guard.snapshot import Snapshot
@@ -103,6 +104,7 @@ class StepGuard:
         self._until_state_check = 0
         self._keep_on_device = keep_on_device
         self._pending: Verdict | None = None
+        self.attachment: Attachment | None = None
         self._scaler_before: list[Tensor] = []  # its tensors before it reacted to the latest overflow
         self._hooks = [handle for module in self.models for handle in watch(module, self)]
 
@@ -119,6 +121,8 @@ class StepGuard:
             UnstableTraining: by the policy, after everything was undone.
             ConfigurationError: if the forward didn't go through the model's `__call__`, so nothing can be undone.
         """
+        if self.attachment is not None:
+            raise ConfigurationError("this guard is attached: it decides within optimizer.step(); call that instead.")
         self._check_begun()
         try:
             self.settle()
@@ -138,6 +142,43 @@ class StepGuard:
         verdict = Verdict(facts)
         self._count(verdict)
         return verdict
+
+    def attach(self, *, handles_scaling: bool = True, after_step: AfterStep | None = None) -> StepGuard:
+        """Decide within `optimizer.step` from now on, for a loop that belongs to somebody else and calls that itself.
+
+        The decision is read at once, on any device. See `Attachment` for the arguments.
+
+        Returns:
+            The guard itself. The optimizers keep it alive.
+
+        Raises:
+            ConfigurationError: if it is attached already, or for an optimizer that evaluates the loss several times.
+
+        Example:
+            >>> import torch
+            >>> model = nn.Linear(3, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> guard = StepGuard(model, optimizer).attach()
+            >>> before = model.weight.clone()
+            >>> model(torch.tensor([[float("nan"), 1.0, 1.0]])).mean().backward()
+            >>> _ = optimizer.step()
+            >>> guard.stats.rejected, torch.equal(model.weight, before)
+            (1, True)
+        """
+        if self.attachment is not None:
+            raise ConfigurationError("this guard is attached already; call guard.remove() first.")
+        self.attachment = Attachment(self, handles_scaling=handles_scaling, after_step=after_step)
+        return self
+
+    def observe(self, loss: Tensor) -> None:
+        """Show an attached guard the loss of a microbatch, before any loss scaling; the loop doesn't hand it over.
+
+        Raises:
+            ConfigurationError: if the guard isn't attached: then `step` takes the losses.
+        """
+        if self.attachment is None:
+            raise ConfigurationError("this guard isn't attached; give the losses to guard.step(...).")
+        self.attachment.observe(loss)
 
     def attempt(self, loss: Tensor | Sequence[Tensor], *, commit: bool, alone: bool = False) -> Facts:
         """Judge a rejected step that was run again, at once and without counting it.
@@ -192,6 +233,8 @@ class StepGuard:
         The model's forward calls it at the first forward after a decision; call it yourself only if the forward
         doesn't go through the model's `__call__`.
         """
+        if self.attachment is not None:
+            self.attachment.settle_scale()
         self._snapshot.take()
 
     def settle(self) -> None:
@@ -208,6 +251,8 @@ class StepGuard:
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger (counts and budget), what recent updates were like, and when the state is checked next."""
         self.settle()
+        if self.attachment is not None:
+            self.attachment.settle_scale()
         return {
             "ledger": self.ledger.state_dict(),
             "spikes": self.spikes.state_dict(),
@@ -236,12 +281,16 @@ class StepGuard:
         self._buffer_sizes = []
 
     def remove(self) -> None:
-        """Take the guard's hooks off the model."""
+        """Take the guard's hooks off the model and its optimizers."""
         for handle in self._hooks:
             handle.remove()
+        if self.attachment is not None:
+            self.attachment.remove()
+            self.attachment = None
 
     def _count(self, verdict: Verdict) -> None:
         """Count a decision; where a trainer may still salvage or roll back, it asks for the budget itself."""
+        end_step_of_others(self)
         self.ledger.record(verdict)
         if self.policy.on_rejection in ("skip", "raise"):
             self.ledger.check(verdict)
@@ -250,28 +299,31 @@ class StepGuard:
         if not self._snapshot.taken:
             raise ConfigurationError(
                 "no forward pass of the guarded model was seen since the last decision, so a bad step couldn't be "
-                "undone. Call the model itself, not one of its methods, or call guard.begin() before the forward."
+                "undone. Call the model itself, not one of its methods, or call guard.begin() before the forward. "
+                "Optimizers that step after the same backward belong to one guard: StepGuard(model, [one, other])."
             )
 
-    def _judge(self, loss: Tensor | Sequence[Tensor], *, alone: bool = False) -> Facts:
+    def _judge(self, loss: Tensor | Sequence[Tensor] | None, *, alone: bool = False) -> Facts:
         """Decide, with all ranks unless `alone`; what they have in common, recent history, is looked at last."""
         facts = self._judge_here(loss)
         if self.policy.on_rejection == "none":
             return facts
         if self.ranks.together and not alone:
-            first = loss if isinstance(loss, Tensor) else loss[0]
-            facts = agreed(facts, self.ranks, first.device)
+            device = self.optimizers[0].param_groups[0]["params"][0].device
+            facts = agreed(facts, self.ranks, device)
         if facts.reason is None and self.policy.spikes:
             found = describe(facts.loss, facts.grad_norm, self.spikes.limits())
             facts = facts if found is None else facts._replace(reason="spike", detail=found)
         return facts
 
-    def _judge_here(self, loss: Tensor | Sequence[Tensor]) -> Facts:
+    def _judge_here(self, loss: Tensor | Sequence[Tensor] | None) -> Facts:
         """Look at loss, gradients, buffers, rates and state, in that order; the first fault decides."""
-        value = float(measure.mean_loss(loss))
-        bad_loss = not math.isfinite(value) and self.policy.on_rejection != "none"
+        value = float(measure.mean_loss(loss)) if loss is not None else math.nan
+        bad_loss = ""
+        if loss is not None and not math.isfinite(value) and self.policy.on_rejection != "none":
+            bad_loss = self._describe_loss(loss, value)
         if bad_loss and not self.ranks.together:  # else the others wait for the norm of their shards
-            return Facts("loss", value, math.nan, self._describe_loss(loss, value))
+            return Facts("loss", value, math.nan, bad_loss)
         if self.scaler is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -281,7 +333,7 @@ class StepGuard:
             norm = float(global_norm(gradients, exact=True))  # finite gradients whose squares overflowed
         guarded = self.policy.on_rejection != "none"
         if bad_loss:
-            return Facts("loss", value, math.nan, self._describe_loss(loss, value))
+            return Facts("loss", value, math.nan, bad_loss)
         if not math.isfinite(norm) and self.scaler is not None and (self.scaler.get_scale() > 1.0 or not guarded):
             return Facts("overflow", value, norm, self._describe_gradients(norm))
         if not guarded:
@@ -326,18 +378,25 @@ class StepGuard:
 
     def _commit(self, facts: Facts) -> None:
         """Clip with the norm that was measured, and let everything move that counts updates."""
-        if self._clip is not None:
-            self._clip(measure.gradients(self.optimizers), facts.grad_norm)
+        self._limit_gradients(facts)
         for optimizer in self.optimizers:
             optimizer.step()
         if self.scaler is not None:
             # Without a single gradient there is nothing to learn about the scale, only to forget the unscaling.
             self.scaler.update(None if measure.gradients(self.optimizers) else self.scaler.get_scale())
+        self._note_committed(facts)
+        self._snapshot.taken = False
+        self._drop_gradients()
+
+    def _limit_gradients(self, facts: Facts) -> None:
+        if self._clip is not None:
+            self._clip(measure.gradients(self.optimizers), facts.grad_norm)
+
+    def _note_committed(self, facts: Facts) -> None:
+        """Know of one more update that was decided on the host."""
         self._note_applied(facts)
         self._buffer_sizes = self._candidate_sizes
         self._until_state_check -= 1
-        self._snapshot.taken = False
-        self._drop_gradients()
 
     def _note_applied(self, facts: Facts) -> None:
         """Let everything on the host know of one more update."""
