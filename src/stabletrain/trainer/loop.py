@@ -97,10 +97,9 @@ def train_epoch(run: Run) -> None:
         step.rate = set_learning_rate(run.optimizer, _rate_factor(run))
         step.verdict = decide(run, losses, step)  # unscale, measure, judge, clip, commit or undo
         waiting = step
-        wishes = wanted(run)
-        if not step.verdict.pending or _may_be_due(run) or wishes.any:
+        if not step.verdict.pending or _may_be_due(run) or wanted(run).any:
             finish_step(run, step)
-            waiting = None
+            waiting, wishes = None, wanted(run)
             _save_if_due(run, step, wishes)
             obey(wishes)
     if waiting is not None:
