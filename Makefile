@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?=
 PIP_ARGS ?=
 ARGS ?=
+PROCESSES ?= 2
 
 RUN := $(VENV)/bin/python
 # A stamp says that the environment is as new as the two files that describe it. It goes before an install begins, so a
@@ -14,7 +15,7 @@ INTEGRATIONS := $(VENV)/.installed-integrations
 INSTALL = $(RUN) -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-normal train-stable train-safe test test-integrations checks clean
+.PHONY: help setup train-normal train-stable train-safe train-stable-multi test test-integrations checks clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS=\"key=value ...\"] [PYTHON=python3.11] [VENV=.venv] [PIP_ARGS=...]"
@@ -33,6 +34,9 @@ train-stable: $(INSTALLED) ## train it with the preset stable
 
 train-safe: $(INSTALLED) ## train it with the preset safe
 	@$(RUN) -m stabletrain +preset=safe $(ARGS)
+
+train-stable-multi: $(INSTALLED) ## train it with the preset stable on PROCESSES=2 processes
+	@$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m stabletrain +preset=stable parallel=ddp $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests and the examples in docstrings
 	@$(RUN) -m pytest -q -n 2 --dist worksteal $(ARGS)

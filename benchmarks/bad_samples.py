@@ -27,7 +27,7 @@ from stabletrain.model import ConvNet
 from stabletrain.optimizer import adamw
 from stabletrain.task import Classification
 from stabletrain.tracking import Tracker
-from stabletrain.trainer.loop import Signals, train_epoch
+from stabletrain.trainer.loop import train_epoch
 
 BATCH = 256
 
@@ -86,7 +86,7 @@ def trained(data: Splits, seed: int, epochs: int, guard: str) -> tuple[nn.Module
     for epoch in range(epochs):
         run.quarantine.begin_epoch()
         start = time.perf_counter()
-        train_epoch(run, Signals())
+        train_epoch(run)
         seconds.append(time.perf_counter() - start)
         run.progress.epoch, run.progress.step = epoch + 1, 0
     return run.model, run.progress.samples, seconds

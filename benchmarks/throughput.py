@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from workloads import MeanLoss, Workload, workloads
 
 from stabletrain.assembly import assemble
-from stabletrain.guard import StepGuard
+from stabletrain.guard import Policy, StepGuard
 from stabletrain.optimizer import adamw
-from stabletrain.signals import Signals
 from stabletrain.tracking import Tracker
+from stabletrain.trainer import Run
 from stabletrain.trainer.loop import train_epoch
 
 Loop = Callable[[int], None]  # runs so many steps
@@ -101,7 +101,9 @@ def plain(load: Workload, *, guard: str) -> Loop:
     """A plain loop with no guard, with the guard people write by hand, or with `StepGuard`; all clip."""
     model = load.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    step_guard = StepGuard(model, optimizer, max_norm=1.0) if guard == "StepGuard" else None
+    policy = Policy(spikes=guard == "with spikes")
+    ours = guard in ("StepGuard", "with spikes")
+    step_guard = StepGuard(model, optimizer, max_norm=1.0, policy=policy) if ours else None
     data = batches(load)
 
     def run(steps: int) -> None:
@@ -122,24 +124,32 @@ def plain(load: Workload, *, guard: str) -> Loop:
     return run
 
 
-def ours(load: Workload, folder: Path) -> Loop:
-    """The trainer with guard, tables and TensorBoard, as it runs by default."""
+def trainer(load: Workload, folder: Path, guard: str = "skip") -> Run:
+    """The trainer with guard, tables and TensorBoard, as it runs by default, under any policy."""
+    full = guard != "skip"
     run = assemble(
         load.model(),
         load.splits(),
         epochs=1_000_000,
         batch_size=load.batch_size,
         task=MeanLoss(load.loss),
+        guard=Policy(on_rejection=guard, spikes=full),  # type: ignore[arg-type]
         optimizer=partial(adamw, lr=1e-4),
         tracking=partial(Tracker, progress="none"),
         folder=folder,
     )
     run.tracker.begin({}, {}, 1_000_000, run.progress)
-    signals = Signals()
+    if run.rollback is not None:
+        run.rollback.begin(run)
+    return run
+
+
+def ours(run: Run) -> Loop:
+    """Whole epochs of the trainer."""
 
     def loop(steps: int) -> None:
         for _ in range(steps // run.loader.steps_per_epoch):
-            train_epoch(run, signals)
+            train_epoch(run)
             run.progress.epoch, run.progress.step = run.progress.epoch + 1, 0
 
     return loop
@@ -198,24 +208,34 @@ def main() -> None:
         load = workloads()[name]
         with tempfile.TemporaryDirectory() as folder:
             epoch = len(load.inputs) // load.batch_size
-            whole = {"bare": bare(load), "usual": usual(load), "trainer": ours(load, Path(folder) / "run")}
-            guards = {guard: plain(load, guard=guard) for guard in ("none", "by hand", "StepGuard")}
+            whole = {"bare": bare(load), "usual": usual(load)}
+            whole |= {guard: ours(trainer(load, Path(folder) / guard, guard)) for guard in ("skip", "rollback")}
+            guards = {guard: plain(load, guard=guard) for guard in ("none", "by hand", "StepGuard", "with spikes")}
             step_seconds = timed(whole["bare"], epoch) / epoch
             print(f"\n{name}: {step_seconds * 1e3:.2f} ms a step")
             turns = epoch * max(1, round(arguments.seconds / step_seconds / epoch))
             report(
                 compare(whole, turns, arguments.pairs),
                 turns,
-                {"bare": ("bare", "trainer"), "usual": ("usual", "trainer")},
-                "speed of the trainer against {}",
+                {
+                    "with skip against the bare loop": ("bare", "skip"),
+                    "with skip against the usual loop": ("usual", "skip"),
+                    "with rollback against the bare loop": ("bare", "rollback"),
+                    "with rollback against skip": ("skip", "rollback"),
+                },
+                "speed of the trainer {}",
             )
             # Short turns, and more of them: the difference is small against the machine's drift.
             turns = max(1, round(arguments.seconds / 5 / step_seconds))
             report(
                 compare(guards, turns, 5 * arguments.pairs),
                 turns,
-                {"no guard": ("StepGuard", "none"), "one by hand": ("StepGuard", "by hand")},
-                "time with StepGuard against {}",
+                {
+                    "against no guard": ("StepGuard", "none"),
+                    "against one by hand": ("StepGuard", "by hand"),
+                    "and spikes against no guard": ("with spikes", "none"),
+                },
+                "time with StepGuard {}",
             )
             for loop_name, loop in {**whole, **guards}.items():
                 print(f"  {loop_name:10s} {python_calls(loop, epoch):6.0f} calls of Python functions a step")

@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from composed import checked
-from stabletrain import ConfigurationError, Policy
+from stabletrain import ConfigurationError, Policy, UnstableTraining
 from stabletrain.assembly import assemble
 from stabletrain.build import build
 from stabletrain.data import ArrayDataset, Splits
 from stabletrain.ema import ExponentialMovingAverage
-from stabletrain.optimizer import adam, adamw, sgd
+from stabletrain.optimizer import adam, adamw, sgd, with_changed
 from stabletrain.precision import Precision
 from stabletrain.schedule import constant
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
-from stabletrain.trainer.resume import resume
+from stabletrain.trainer.changes import changes
+from stabletrain.trainer.resume import resume, save
 
 SMALL = ("experiment=tabular", "epochs=1", "batch_size=128", "tracking=none", "device=cpu", "precision=fp32")
 
@@ -73,7 +76,10 @@ def resumed(run: Run, source: Path) -> Run:
         ("data.validation=0.3", r"data.validation was 0.15 and is 0.3: the position in the epoch counts these samples"),
         ("seed=5", r"seed was 0 and is 5: it decides the order of the samples and every random draw"),
         ("batch_size=64", r"batch_size was 128 and is 64: the position in the epoch counts steps of this size"),
-        ("accumulate=2", r"accumulate was 1 and is 2: the model's running statistics are of microbatches of this size"),
+        (
+            "accumulate=2",
+            r"microbatch was 128 and is 64: the model's running statistics are of microbatches of this size",
+        ),
         (
             "optimizer=sgd",
             r"optimizer class was 'torch.optim.adamw.AdamW' and is 'torch.optim.sgd.SGD'",
@@ -104,7 +110,7 @@ def test_the_data_is_compared_besides_its_settings(tmp_path: Path) -> None:
 
 def test_a_run_from_python_is_compared_by_what_it_is(tmp_path: Path) -> None:
     train(make(tmp_path / "run"))
-    with pytest.raises(ConfigurationError, match=r"accumulate was 1 and is 2.*"):
+    with pytest.raises(ConfigurationError, match="microbatch was 16 and is 8: the model's running"):
         resumed(make(tmp_path / "a", accumulate=2), tmp_path / "run")
     with pytest.raises(
         ConfigurationError, match=r"optimizer class was 'torch.optim.adamw.AdamW' and is 'torch.optim.adam.A"
@@ -147,7 +153,7 @@ def test_harmless_settings_are_listed(trained: Path, tmp_path: Path) -> None:
 def test_accumulation_may_change_where_nothing_depends_on_it(tmp_path: Path) -> None:
     train(make(tmp_path / "run", batch_norm=False))
     run = resumed(make(tmp_path / "other", batch_norm=False, accumulate=2, epochs=2), tmp_path / "run")
-    assert run.notes == ["continuing with changed settings: accumulate 1 -> 2"]
+    assert run.notes == ["continuing with changed settings: microbatch 16 -> 8"]
     assert train(run).updates == 12
 
 
@@ -244,3 +250,87 @@ def test_another_policy_is_in_force(tmp_path: Path) -> None:
     resume(run)
     assert run.guard.ledger.policy.window == 4
     assert len(run.guard.ledger.state_dict()["recent"]) == 4
+
+
+def test_what_a_rollback_returns_to_has_the_new_settings_too(tmp_path: Path) -> None:
+    """A copy from before the change lies in a checkpoint that a signal asked for."""
+    guard = Policy(on_rejection="rollback", max_incidents=0)
+    train(make(tmp_path / "run", guard=guard))
+    run = resumed(make(tmp_path / "saved", guard=guard), tmp_path / "run")
+    save(run)
+    assert run.checkpoint is not None
+    assert run.checkpoint.wait() is not None
+    changed = make(
+        tmp_path / "changed",
+        guard=guard,
+        optimizer=partial(adamw, lr=5e-3),
+        ema=partial(ExponentialMovingAverage, decay=0.9),
+        epochs=2,
+    )
+    resumed(changed, tmp_path / "saved")
+    assert changed.rollback is not None
+    changed.rollback.go_back(changed, UnstableTraining("for once"))
+    assert changed.optimizer.param_groups[0]["initial_lr"] == 5e-3
+    assert changed.ema is not None
+    for name, parameter in changed.model.named_parameters():
+        assert torch.equal(changed.ema.average[name], parameter), name
+
+
+NAMES = ("lr", "betas", "weight_decay", "eps")
+HYPERPARAMETERS = st.fixed_dictionaries(
+    {"lr": st.sampled_from([0.1, 0.2]), "betas": st.sampled_from([(0.9, 0.99), [0.9, 0.99], (0.8, 0.9)]),
+     "weight_decay": st.sampled_from([0.0, 0.1]), "eps": st.sampled_from([1e-8, 1e-6])}
+)  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """A pair comes back from a config as a list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+@given(before=HYPERPARAMETERS, now=HYPERPARAMETERS, trained=HYPERPARAMETERS)
+def test_what_was_changed_wins_and_nothing_else(
+    before: dict[str, Any], now: dict[str, Any], trained: dict[str, Any]
+) -> None:
+    """Whatever training made of the settings, what the user left alone stays so."""
+    saved = {"state": {}, "param_groups": [{**trained, "initial_lr": before["lr"], "params": [0, 1]}]}
+    state, changed = with_changed(saved, [before], [now])
+    differing = {name for name in NAMES if plain(before[name]) != plain(now[name])}
+    assert set(changed) == differing
+    [group] = state["param_groups"]
+    assert all(group[name] == (now if name in differing else trained)[name] for name in NAMES)
+    assert group["initial_lr"] == (now if "lr" in differing else before)["lr"]
+    assert group["params"] == [0, 1]
+
+
+GROUPS = st.dictionaries(
+    st.sampled_from(["model", "seed", "guard", "name"]),
+    st.recursive(
+        st.one_of(st.integers(0, 2), st.sampled_from(["auto", None, float("nan")])),
+        lambda inner: st.dictionaries(st.sampled_from(["a", "b", "lr"]), inner, max_size=3),
+        max_leaves=6,
+    ),
+    min_size=1,
+)
+
+
+def leaves(tree: Any, place: str = "") -> dict[str, str]:
+    """Every value of a tree as text, by its dotted key."""
+    if not isinstance(tree, dict) or tree == {}:
+        return {place: repr(tree)}
+    return {key: text for name, item in tree.items() for key, text in leaves(item, f"{place}.{name}").items()}
+
+
+def alike(one: str | None, other: str | None) -> bool:
+    """A key that a later version added, with nothing in it, is no change."""
+    return one == other or {one, other} in ({None, "None"}, {None, "{}"})
+
+
+@given(before=GROUPS, after=GROUPS)
+def test_exactly_what_differs_is_found(before: dict[str, Any], after: dict[str, Any]) -> None:
+    one, other = leaves(before), leaves(after)
+    differing = {key.removeprefix(".") for key in {**one, **other} if not alike(one.get(key), other.get(key))}
+    found = changes(before, after)
+    assert {change.key for change in found} == {key for key in differing if key.split(".")[0] != "name"}
+    for change in found:
+        assert (change.reason() is not None) == (change.key.split(".")[0] in ("model", "seed"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from stabletrain.checkpoint import CheckpointStore
 from stabletrain.sealed import manifest_text
 from stabletrain.trainer import train
 from stabletrain.trainer.resume import resume
+
+LAST_STEP = [2, 3, 5, 9, 10, 13, 14, 17, 22, 37, 39, 41, 49, 50, 52, 55]  # its samples
 
 
 @pytest.fixture
@@ -45,13 +48,15 @@ def test_a_run_goes_on_from_it(run_folder: Path) -> None:
     assert run.ema is not None
     assert run.ema.average["layers.5.bias"].tolist() == [-0.08101755380630493, 0.007441181223839521]
     assert run.guard.ledger.applied == 3
+    assert [sorted(indices.tolist()) for indices in run.last_good] == [LAST_STEP]
     assert run.rollback is not None
     assert run.rollback.kept() is not None
     assert [group["initial_lr"] for group in run.optimizer.param_groups] == [0.01]
     assert [float(state["step"]) for state in run.optimizer.state.values()] == [3.0] * 5
     moments = run.optimizer.state[run.model.layers[5].bias]["exp_avg"]
     assert moments.tolist() == [-0.02700752206146717, 0.02700752019882202]
-    assert run.notes == []
+    only_new_keys = r"continuing with changed settings: ([\w.]+ \(absent\) -> \S+(; |$))+"  # of later versions
+    assert all(re.fullmatch(only_new_keys, note) for note in run.notes)
     summary = train(run)
     assert (summary.status, summary.updates) == ("completed", 6)
 

@@ -34,7 +34,19 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parent
 
 
 def ask(number: signal.Signals = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)  # to this thread, so that it is noted before the next line
+
+
+def ask_in_step(run: Run, number: int) -> None:
+    """Let the run be asked to end during a step, counted from 1."""
+    before = run.fault.before_step
+
+    def before_step(steps: int, microbatches: Any) -> Any:
+        if steps == number - 1:
+            ask()
+        return before(steps, microbatches)
+
+    run.fault.before_step = before_step  # type: ignore[method-assign,assign]
 
 
 def points(count: int, seed: int = 0) -> ArrayDataset:
@@ -156,8 +168,7 @@ def test_what_was_saved_when_asked_is_never_best(tmp_path: Path) -> None:
 def test_asked_when_nothing_can_be_written_it_says_so(tmp_path: Path) -> None:
     run = make(tmp_path)
     (tmp_path / "checkpoints").write_text("in the way")
-    note = run.tracker.step
-    run.tracker.step = lambda record: (note(record), record["steps"] == 8 and ask())  # type: ignore[method-assign,assign,func-returns-value]
+    ask_in_step(run, 8)
     with pytest.raises(Interrupted, match=r"no checkpoint could be written: checkpoint at update 8 not written"):
         train(run)
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -166,8 +177,7 @@ def test_asked_when_nothing_can_be_written_it_says_so(tmp_path: Path) -> None:
 
 def test_asked_without_checkpoints_it_says_so(tmp_path: Path) -> None:
     run = make(tmp_path, checkpoint=partial(CheckpointStore, every_epochs=0))
-    note = run.tracker.step
-    run.tracker.step = lambda record: (note(record), ask())  # type: ignore[method-assign,assign,func-returns-value]
+    ask_in_step(run, 1)
     with pytest.raises(Interrupted, match="nothing was saved, checkpoints are off"):
         train(run)
 

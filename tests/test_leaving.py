@@ -242,11 +242,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "out/model.safetensors: the weights of runs/mine/checkpoints/step_000000003"
     )
     assert torch.equal(load_model("out").layers[1].weight, load_model("runs/mine").layers[1].weight)
+    assert main(["export", "--help"]) == 0
+    assert "usage: python -m stabletrain export run=<folder>" in capsys.readouterr().out
     for words, said in (
         (["run=nowhere"], "nowhere is no run's folder with checkpoints"),
         (["run=nowhere", "to=out"], "nowhere doesn't exist"),
-        (["rum=runs/mine"], "'rum=runs/mine' can't be used. Did you mean 'run'? Usage: python -m stabletrain export"),
-        (["runs/mine"], "Usage: python -m stabletrain export run=<run> [checkpoint=<checkpoint>] [to=<to>]"),
+        (["rum=runs/mine"], "'rum=runs/mine' can't be used here. Did you mean 'run'? Usage: python -m stabletrain ex"),
+        (["runs/mine"], "Usage: python -m stabletrain export run=<folder> [checkpoint=best|last|<name>] [to=<folder>]"),
+        (["run="], "'run=' can't be used here"),
         (["to=a"], "run is missing"),
         (["run=a", "run=b"], "run is given twice"),
         (["run=runs/mine", "checkpoint=bets"], "checkpoint=bets is not there; allowed: best, last, step_"),

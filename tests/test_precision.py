@@ -62,12 +62,15 @@ def test_a_layer_normalisation_module_computes_in_float32_under_float16() -> Non
         assert norm(hidden).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_train_under_float16_on_the_cpu(kind: Any) -> None:
-    layer = kind(3, 4, batch_first=True)
-    with Precision("float16").autocast():
-        hidden = layer(nn.Linear(2, 3)(torch.randn(2, 5, 2)))[0]
-    assert hidden.dtype == torch.float32
+def test_recurrent_layers_train_in_reduced_precision_on_any_cpu(kind: Any, dtype: str) -> None:
+    layer, before = kind(3, 4, batch_first=True), nn.Linear(2, 3)
+    state = torch.get_rng_state()
+    with Precision(dtype).autocast():
+        hidden = layer(before(torch.zeros(2, 5, 2)))[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dtype == "bfloat16" or hidden.dtype == torch.float32
     hidden.sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
 

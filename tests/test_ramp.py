@@ -72,11 +72,10 @@ def sizes(folder: Path) -> list[int]:
     return [int(row["batch_size"]) for row in history(folder)]
 
 
-def test_batches_and_rates_rise_and_memory_does_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = make(tmp_path)
+def test_batches_and_rates_rise_and_memory_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, tracking=partial(Tracker, progress="lines", log_every=1))
     planned = run.total_steps
-    with caplog.at_level(logging.INFO):
-        summary = train(run)
+    summary = train(run)
     assert sizes(tmp_path) == [16, 16, 24, 50, 50, 50, 50]
     assert summary.updates == planned == 6 + 6 + 4 + 2 * 4
     assert isinstance(run.model, Net) and run.model.largest == 16
@@ -86,7 +85,8 @@ def test_batches_and_rates_rise_and_memory_does_not(tmp_path: Path, caplog: pyte
         expected = 1e-2 * factor * run.schedule(int(row["updates"]) - 1)
         assert float(row["lr"]) == pytest.approx(expected, rel=1e-12)
     assert float(rows[-1]["lr"]) < 1e-3  # the schedule has come to its planned end
-    assert "epoch 3: 50 samples per step, 2 times the scheduled learning rate" in caplog.text
+    said = [line for line in capsys.readouterr().out.splitlines() if "samples per step" in line]
+    assert said[1] == "epoch 3: 50 samples per step, 2 times the scheduled learning rate" and len(said) == 3
 
 
 def test_a_stage_waits_for_an_epoch_without_a_rejected_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +97,7 @@ def test_a_stage_waits_for_an_epoch_without_a_rejected_step(tmp_path: Path, capl
             return steps in (7, 13)
 
     run = make(tmp_path, fault=Twice(at=7), epochs=8)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         train(run)
     assert sizes(tmp_path) == [16, 16, 16, 16, 24, 50, 50, 50]
     waiting = [line for line in caplog.messages if "wait for an epoch without a rejected step" in line]

@@ -37,6 +37,7 @@ SHELL = [
 ]
 COMMANDS = [command for commands in SHELL for command in commands]
 PROGRAMS = [commands for commands in SHELL if commands[0].startswith("python -m stabletrain")]
+LAUNCHES = [command for command in COMMANDS if command.startswith("torchrun ")]
 TARGETS = [command for command in COMMANDS if command.startswith("make ")]
 
 
@@ -62,7 +63,7 @@ def write_files(folder: Path) -> None:
 
 def test_every_command_is_one_that_this_test_knows() -> None:
     assert sum(map(len, PROGRAMS)) >= 8
-    assert set(COMMANDS) == {*(command for commands in PROGRAMS for command in commands), *TARGETS}
+    assert set(COMMANDS) == {*(command for commands in PROGRAMS for command in commands), *TARGETS, *LAUNCHES}
 
 
 @pytest.mark.parametrize("commands", PROGRAMS, ids=lambda commands: commands[0])
@@ -100,6 +101,16 @@ def test_the_folder_of_a_run_holds_what_the_table_says(installed: Installation, 
     assert all(any(entry.startswith(name) for name in named) for entry in there), there
 
 
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_several_processes(command: str, installed: Installation, tmp_path: Path) -> None:
+    words = shlex.split(command)[1:]  # the program itself is a script of torch's for the module
+    done = installed.run("python", "-m", "torch.distributed.run", "--standalone", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["preset"], summary["rejected"]) == ("completed", "stable", 0)
+
+
 @pytest.mark.parametrize("command", TARGETS)
 def test_the_targets_of_make(command: str) -> None:
     """What make would do, without doing it: `make test` is what runs this test, and the rest is run elsewhere."""
@@ -111,6 +122,7 @@ def test_the_targets_of_make(command: str) -> None:
     expected = {
         "test": "-m pytest",
         "test-integrations": "tests/integrations",
+        "train-stable-multi": "--nproc-per-node 2 -m stabletrain +preset=stable parallel=ddp",
         "checks": "-m mypy",
         "setup": "pip install",
     }
@@ -207,10 +219,6 @@ def test_every_option_that_the_table_of_groups_names_is_there() -> None:
     section = README.partition("## Groups")[2].partition("\n## ")[0]
     rows = [row.split("|")[1:3] for row in section.splitlines() if row.startswith("| `") and ";" not in row]
     named = {(group.strip(" `"), option) for group, options in rows for option in re.findall(r"`(\w+)`", options)}
-    there = {
-        (path.parent.name, path.stem)
-        for path in (PROJECT / "conf").glob("*/*.yaml")
-        if path.parent.name not in ("task", "parallel")
-    }
+    there = {(path.parent.name, path.stem) for path in (PROJECT / "conf").glob("*/*.yaml")}
     assert named == there
     assert len(there) > 40

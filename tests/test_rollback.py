@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from stabletrain import Policy, UnstableTraining
 from stabletrain.assembly import assemble
 from stabletrain.checkpoint import CheckpointStore
+from stabletrain.clipping import NoClipping
 from stabletrain.data import ArrayDataset, Splits
-from stabletrain.optimizer import adamw
+from stabletrain.optimizer import adamw, sgd
 from stabletrain.schedule import constant
-from stabletrain.task import Classification
+from stabletrain.task import Classification, Output
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
+from stabletrain.trainer.resume import resume, save
 from stabletrain.trainer.rollback import Rollback
 
 QUIET = partial(Tracker, progress="none", log_every=1)
@@ -89,7 +91,7 @@ def test_a_ruined_state_is_left_behind(tmp_path: Path, how: Any, caplog: pytest.
 def test_after_two_rollbacks_the_state_is_the_same(tmp_path: Path) -> None:
     run = make(tmp_path)
     assert run.rollback is not None
-    run.rollback.keep(run)
+    run.rollback.begin(run)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     run.tracker.begin({}, {}, None, run.progress)
     for _ in range(2):
@@ -110,7 +112,7 @@ def test_a_state_that_is_not_finite_is_never_kept(tmp_path: Path) -> None:
     run = make(tmp_path)
     assert run.rollback is not None
     nan_in_the_weights(run)
-    run.rollback.keep(run)
+    run.rollback.begin(run)
     run.tracker.begin({}, {}, None, run.progress)
     with pytest.raises(UnstableTraining, match=r"why\. No healthy state was there to return to"):
         run.rollback.go_back(run, UnstableTraining("why."))
@@ -134,20 +136,28 @@ def test_too_many_rollbacks_stop_the_run_with_what_was_tried(tmp_path: Path) -> 
 
 
 @given(
-    events=st.lists(st.tuples(st.integers(1, 300), st.booleans()), max_size=20),
+    events=st.lists(st.tuples(st.integers(1, 300), st.sampled_from(["disturb", "lower", "blame"])), max_size=20),
     backoff=st.floats(0.1, 1.0),
     recover=st.integers(1, 100),
 )
-def test_the_factor_stays_between_0_and_1_and_comes_back(
-    events: list[tuple[int, bool]], backoff: float, recover: int
+def test_the_factor_comes_back_but_not_to_what_was_to_blame(
+    events: list[tuple[int, str]], backoff: float, recover: int
 ) -> None:
-    rollback = Rollback(Policy(backoff=backoff, recover=recover, rewarm=10))
-    update = 0
-    for passed, lowers in events:
+    rollback = Rollback(Policy(backoff=backoff, recover=recover, rewarm=0))
+    update, ceiling, lowered_to = 0, 1.0, 1.0
+    for passed, event in events:
         update += passed
-        (rollback.lower if lowers else rollback.disturbed)(update)
-        assert 0 < rollback.factor(update) <= 1
-    assert rollback.factor(update + recover * (len(events) + 1) + 10) == pytest.approx(1.0)
+        level = rollback.factor(update)
+        assert 0 < level <= ceiling * (1 + 1e-9)
+        if event == "disturb":
+            rollback.disturbed(update)
+            continue
+        if event == "blame" or level > lowered_to:
+            ceiling = min(ceiling, level * backoff)
+        rollback.lower(update, blame_rate=event == "blame")
+        lowered_to = rollback.factor(update)
+        assert lowered_to == pytest.approx(level * backoff)
+    assert rollback.factor(update + 10**9) == pytest.approx(ceiling if backoff < 1 else 1.0)
 
 
 class BadValidation(Classification):
@@ -218,3 +228,140 @@ def test_a_resumed_run_keeps_level_and_count(tmp_path: Path) -> None:
     again = make(tmp_path, epochs=5)
     summary = train(again)
     assert summary.rolled_back == 1
+
+
+def lowered(run: Run, *, after: int, blame_rate: bool = True) -> float:
+    """Roll back so many updates after the last time, and return the level of the rate."""
+    assert run.rollback is not None
+    run.progress.updates += after
+    run.rollback.go_back(run, UnstableTraining("why."), blame_rate=blame_rate)
+    return run.rollback.factor(run.progress.updates + run.rollback.policy.rewarm)
+
+
+@pytest.mark.parametrize(
+    ("after", "blame_rate", "levels"),
+    [
+        (30, True, [1 / 2, 1 / 8, 1 / 64, 1 / 1024]),  # each soon after the one before
+        (30, False, [1 / 2, 1 / 4, 1 / 8, 1 / 16]),
+        (300, True, [1 / 2, 1 / 4, 1 / 8, 1 / 16]),
+    ],
+)
+def test_rollbacks_in_a_row_lower_the_rate_by_more(
+    tmp_path: Path, after: int, blame_rate: bool, levels: list[float]
+) -> None:
+    run = make(tmp_path, guard=Policy(on_rejection="rollback", rewarm=4, recover=10**6))
+    assert run.rollback is not None
+    run.rollback.begin(run)
+    run.tracker.begin({}, {}, None, run.progress)
+    assert [lowered(run, after=after, blame_rate=blame_rate) for _ in levels] == levels
+
+
+@pytest.mark.parametrize(("blame_rate", "highest"), [(True, 0.5), (False, 1.0)])
+def test_calm_does_not_give_back_a_rate_that_is_to_blame(tmp_path: Path, blame_rate: bool, highest: float) -> None:
+    run = make(tmp_path, guard=Policy(on_rejection="rollback", recover=10))
+    assert run.rollback is not None
+    run.rollback.begin(run)
+    run.tracker.begin({}, {}, None, run.progress)
+    lowered(run, after=30, blame_rate=blame_rate)
+    assert run.rollback.factor(10**6) == highest
+    again = Rollback(run.rollback.policy)
+    again.load_state_dict(run.rollback.state_dict(0))
+    assert again.factor(10**6) == highest
+
+
+def test_a_rate_that_had_risen_again_is_to_blame(tmp_path: Path) -> None:
+    run = make(tmp_path, guard=Policy(on_rejection="rollback", recover=10))
+    assert run.rollback is not None
+    run.rollback.begin(run)
+    run.tracker.begin({}, {}, None, run.progress)
+    lowered(run, after=30, blame_rate=False)
+    lowered(run, after=25, blame_rate=False)  # in which it rose to the whole of it
+    assert run.rollback.factor(10**6) == 0.5
+
+
+def diverge(run: Run) -> None:
+    """Let the loss stay high until the detector isn't at ease."""
+    assert run.rollback is not None
+    for loss in [1.0] * 40 + [50.0] * 30:
+        run.rollback._divergence.observe(loss)
+    assert not run.rollback._divergence.at_ease
+
+
+def test_what_was_learned_on_the_way_into_trouble_is_forgotten(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    assert run.rollback is not None
+    for _ in range(12):
+        run.guard.spikes.accept(loss=1.0, grad_norm=1.0)
+    run.rollback._divergence.observe(1.0)
+    run.rollback.begin(run)
+    limits, detector = run.guard.spikes.limits(), run.rollback._divergence.state_dict()
+    for _ in range(12):
+        run.guard.spikes.accept(loss=50.0, grad_norm=500.0)
+    diverge(run)
+    run.tracker.begin({}, {}, None, run.progress)
+    run.rollback.go_back(run, UnstableTraining("why."))
+    assert (run.guard.spikes.limits(), run.rollback._divergence.state_dict()) == (limits, detector)
+
+
+def test_a_checkpoint_in_the_middle_of_trouble_keeps_the_state_to_return_to(tmp_path: Path) -> None:
+    """Else the copy would be the state in trouble, and a resumed run would have nothing else."""
+    run = make(tmp_path, checkpoint=CheckpointStore)
+    assert run.rollback is not None
+    weight = next(iter(run.model.parameters()))
+    healthy = weight.detach().clone()
+    run.rollback.begin(run)
+    run.tracker.begin({}, {}, None, run.progress)
+    with torch.no_grad():
+        weight.add_(1.0)
+    run.progress.updates = 60
+    diverge(run)
+    save(run)
+    assert run.folder is not None and run.checkpoint is not None
+    run.checkpoint.wait()
+    run.folder.__exit__(None, None, None)
+    again = make(tmp_path, checkpoint=CheckpointStore)
+    resume(again)
+    again.tracker.begin({}, {}, None, again.progress)
+    for one in (run, again):
+        assert one.rollback is not None and one.progress.updates == 60
+        loaded = next(iter(one.model.parameters()))
+        assert torch.equal(loaded, healthy + 1.0)
+        one.rollback.go_back(one, UnstableTraining("why."))
+        assert torch.equal(loaded, healthy)
+        assert one.progress.updates == 0
+
+
+class Squares:
+    """Least squares, which plain descent leaves exponentially above a certain rate."""
+
+    def step(self, model: nn.Module, data: Any) -> Output:
+        inputs, targets = data
+        return Output((model(inputs).squeeze(1) - targets).square().sum(), float(len(targets)))
+
+    def evaluate(self, model: nn.Module, loader: Any) -> dict[str, float]:
+        outputs = [self.step(model, batch.data) for batch in loader]
+        return {"loss": sum(float(output.loss_sum) for output in outputs) / sum(output.weight for output in outputs)}
+
+
+@pytest.mark.parametrize("guard", ["none", "rollback"])
+def test_a_rate_that_is_100_times_too_high_is_left_behind(tmp_path: Path, guard: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(96, 5)
+    data = ArrayDataset(inputs, inputs @ torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0]))
+    run = assemble(
+        nn.Linear(5, 1),
+        Splits(train=data, validation=data),
+        task=Squares(),
+        epochs=60,
+        batch_size=16,
+        optimizer=partial(sgd, lr=10.0, momentum=0.0),
+        schedule=constant,
+        clipping=NoClipping(),
+        guard=Policy(on_rejection=guard, spikes=True),  # type: ignore[arg-type]
+        tracking=QUIET,
+        folder=tmp_path,
+    )
+    summary = train(run)
+    assert (summary.metrics["final"]["loss"] < 1e-3) == (guard == "rollback")
+    assert summary.finite["parameters"] == (guard == "rollback")
+    assert 2 <= summary.rolled_back <= 5 or guard == "none"

@@ -303,3 +303,28 @@ def test_the_data_scan_finds_bad_samples_before_the_first_step(tmp_path: Path) -
     policy = Policy(on_rejection="raise", scan=True)
     summary = train(make(tmp_path, {7: math.nan, 40: math.inf}, guard=policy))
     assert (summary.status, summary.quarantined, summary.rejected) == ("completed", [7, 40], 0)
+
+
+def test_bad_samples_are_listed_at_the_end_with_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = {7: math.nan, 40: HIDDEN, **dict.fromkeys(range(60, 70), math.nan)}
+    options = {
+        "tracking": partial(Tracker, progress="lines"),
+        "guard": Policy(on_rejection="salvage", max_quarantined=1),
+    }
+    train(make(tmp_path, bad, **options))
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("12 samples were found bad and are left out (guard.quarantine takes the list):")
+    assert lines[start + 1] == "  sample 7, epoch 0: inputs: 1 of 5 elements NaN"
+    assert lines[start + 2].startswith("  sample 40, epoch 0: inputs: largest magnitude 1e+30, ")
+    assert lines[start + 11] == "  and 2 more in quarantine.json"
+    assert lines[-1].endswith("steps were rejected")
+
+
+def test_a_skipped_step_names_the_samples_that_are_not_finite(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        train(make(tmp_path / "skip", {7: math.nan, 9: math.inf}, guard=Policy()))
+    said = [record.getMessage() for record in caplog.records if "rejected" in record.getMessage()]
+    named = [line.rpartition("NaN or Inf in the data of ")[2].partition(";")[0] for line in said]
+    assert set(named) <= {"7", "9", "7, 9", "9, 7"} and named
+    with pytest.raises(UnstableTraining, match=r"Samples: .*; NaN or Inf in the data of 7\."):
+        train(make(tmp_path / "raise", {7: math.nan}, guard=Policy(on_rejection="raise")))

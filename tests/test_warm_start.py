@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from stabletrain.export import export
 from stabletrain.optimizer import adamw
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
+from stabletrain.weights import Weights, put_weights
 
 AVERAGE = partial(ExponentialMovingAverage, decay=0.9)
 SMALL = ["experiment=tabular", "epochs=1", "batch_size=128", "tracking=none", "device=cpu"]
@@ -166,6 +169,33 @@ def test_what_can_not_be_read(place: str, said: str, source: Path, tmp_path: Pat
     (tmp_path / "torn.safetensors").write_bytes((source / "out" / "model.safetensors").read_bytes()[:500])
     with pytest.raises(ConfigurationError, match=said):
         make(None, init_from=tmp_path / place)
+
+
+@given(data=st.data())
+def test_every_name_is_accounted_for(data: st.DataObject) -> None:
+    """Whatever was dropped, added or reshaped is named, and exactly the rest is taken."""
+    model, source = network(seed=1), network(seed=2).state_dict()
+    names = sorted(source)
+    dropped = data.draw(st.sets(st.sampled_from(names)))
+    added = data.draw(st.sets(st.sampled_from(["0.more", "9.weight", "weight"])))
+    reshaped = data.draw(st.sets(st.sampled_from(names))) - dropped
+    tensors = {name: tensor for name, tensor in source.items() if name not in dropped}
+    tensors |= {name: torch.zeros(2) for name in added} | {name: torch.zeros(2, 2, 2) for name in reshaped}
+    weights = Weights(tensors=tensors, origin=Path("source"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fits = set(names) - dropped - reshaped
+    try:
+        said = put_weights(model, weights, strict=len(fits) < 3)
+    except ConfigurationError as error:
+        said = str(error)
+        fits = set()
+        assert dropped | added | reshaped
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source[name] if name in fits else before[name])
+    for what, which in (("missing", dropped), ("unexpected", added), ("of another shape", reshaped)):
+        lines = [line.partition("): " if what != "of another shape" else ": ")[2] for line in said.splitlines()
+                 if line.startswith(f"  {what}")]  # fmt: skip
+        assert {entry.split(" is ")[0] for line in lines for entry in line.split("; ")} == which
 
 
 def test_a_run_that_goes_on_does_not_read_it_again(

@@ -95,8 +95,11 @@ def train(arguments: Sequence[str], debug: bool = False) -> int:
 
 def export(arguments: Sequence[str], debug: bool = False) -> int:
     """Write a run's weights for others to read; see `stabletrain.export.export`."""
-    words = [word for word in arguments if not word.startswith("debug=")]
-    given = configs.named_words("export", words, needed=["run"], allowed=["checkpoint", "to"])
+    usage = "python -m stabletrain export run=<folder> [checkpoint=best|last|<name>] [to=<folder>]"
+    if set(arguments) & {"-h", "--help"}:
+        print(f"Write a run's weights as model.safetensors, with the config.yaml of its model.\nusage: {usage}")
+        return COMPLETED
+    given = configs.named_words([word for word in arguments if not word.startswith("debug=")], usage)
     from stabletrain.export import export as write
 
     try:

@@ -151,7 +151,7 @@ def first_to_say(name: str, value: str) -> str:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ConfigurationError(
-            "several processes were started without torchrun, so they can't agree on a name for the run: give name=<own>"
+            "several processes were started without torchrun, so they can't agree on the run's name: give name=<own>"
         )
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*place, is_master=False)  # type: ignore[attr-defined]  # public, but not in its list of names

@@ -15,10 +15,12 @@ class UnstableTraining(RuntimeError):
     Args:
         message: what happened.
         verdict: the guard's decision about the last step, where there is one.
+        more: what else helps whoever reads why it ended; a rollback, which goes on, leaves it out.
     """
 
-    def __init__(self, message: str, verdict: Any = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, verdict: Any = None, *, more: str = "") -> None:
+        super().__init__(f"{message} {more}" if more else message)
+        self.message = message
         self.verdict = verdict
 
 

@@ -5,8 +5,9 @@ Parameters, gradients and the optimizer stay in float32; autocast lowers what is
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.overrides import TorchFunctionMode
 
 from stabletrain.errors import ConfigurationError
+from stabletrain.randomness import keyed
 from stabletrain.tree import map_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,13 +86,16 @@ class Precision:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Lower the format of what is computed inside; on the CPU, float16 keeps islands of float32."""
+        """Lower the format of what is computed inside; on the CPU, what it can't do so is computed in float32."""
         if self.dtype == torch.float32:
             yield
             return
         islands: AbstractContextManager[Any] = nullcontext()
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            islands = Float32Islands()
+        if self.device.type == "cpu":
+            if self.dtype == torch.float16:
+                islands = Float32Islands(_RECURRENT, _IN_FLOAT32)
+            elif not _has_recurrent_kernels(self.dtype):
+                islands = Float32Islands(_RECURRENT)
         with torch.autocast(self.device.type, self.dtype), islands:
             yield
 
@@ -206,33 +211,54 @@ def _product_backends() -> list[tuple[Any, bool]]:
 
 
 class Float32Islands(TorchFunctionMode):
-    """Computes in float32 what overflows or loses too much in float16.
+    """Computes in float32 what overflows or loses too much in float16, or has no kernel in a reduced format.
 
-    Autocast does this by itself on CUDA, but not on the CPU: there, softmax, normalisations, sums and powers of
-    float16 stay in float16, where 300 squared is already Inf.
+    Autocast does the first by itself on CUDA, but not on the CPU: there, softmax, normalisations, sums and powers of
+    float16 stay in float16, where 300 squared is already Inf. The second are recurrent layers: no CPU has them in
+    float16, and only some in bfloat16.
+
+    Args:
+        without_autocast: functions that get float32 arguments, and no autocast to lower them again.
+        widened: functions that get float32 arguments.
 
     Example:
-        >>> with Float32Islands():
+        >>> with Float32Islands(set(), {Tensor.pow, Tensor.sum}):
         ...     torch.full((4,), 300.0, dtype=torch.float16).pow(2).sum().item()
         360000.0
     """
 
+    def __init__(self, without_autocast: Set[Any], widened: Set[Any] = frozenset()) -> None:
+        super().__init__()
+        self._without_autocast, self._widened = without_autocast, widened
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Widen float16 arguments of the functions in question."""
+        """Widen the reduced arguments of the functions in question."""
         kwargs = kwargs or {}
-        if func in _RECURRENT:
-            # The CPU has no float16 kernel for these, and autocast would lower their arguments again.
+        if func in self._without_autocast:
             with torch.autocast("cpu", enabled=False):
                 return func(*map_tensors(_widen, args), **map_tensors(_widen, kwargs))
-        if func in _IN_FLOAT32:
+        if func in self._widened:
             args, kwargs = map_tensors(_widen, args), map_tensors(_widen, kwargs)
         return func(*args, **kwargs)
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@functools.cache
+def _has_recurrent_kernels(dtype: torch.dtype) -> bool:
+    """Return whether this CPU can run recurrent layers in a reduced format; it depends on its instructions."""
+    with keyed(0):  # its weights are drawn, and nobody else's numbers may move for it
+        layer = torch.nn.LSTM(1, 1)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            layer(torch.zeros(1, 1, 1))
+    except RuntimeError:
+        return False
+    return True
 
 
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}

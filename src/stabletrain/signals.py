@@ -18,9 +18,8 @@ class Signals:
     Outside the main thread, where Python delivers no signals, nothing is noted.
 
     Example:
-        >>> import os
         >>> with Signals() as signals:
-        ...     os.kill(os.getpid(), signal.SIGTERM)
+        ...     signal.raise_signal(signal.SIGTERM)
         ...     signals.received, signals.name
         (True, 'SIGTERM')
     """

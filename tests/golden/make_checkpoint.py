@@ -49,7 +49,7 @@ def make() -> None:
         run.epochs = 1
         train(run)
         shutil.rmtree("run/checkpoints")
-        save(run, {"loss": 0.5, "accuracy": 0.75}, planned=False)
+        save(run, {"loss": 0.5, "accuracy": 0.75})
         assert run.checkpoint is not None
         path = run.checkpoint.wait()
         assert path is not None

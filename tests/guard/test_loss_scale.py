@@ -140,6 +140,13 @@ def test_what_proves_no_overflow_leaves_the_scaler_as_it_was(keep_on_device: boo
     assert guard.ledger.state_dict()["recent"] == [0] * healthy + [1]
 
 
+@pytest.mark.parametrize("keep_on_device", [False, True])
+def test_the_scale_is_never_lowered_below_one(keep_on_device: bool) -> None:
+    model, guard = guarded(keep_on_device, init_scale=1.5)
+    assert step(model, guard, INF).reason == "overflow"
+    assert guard.scaler is not None and guard.scaler.get_scale() == 1.0
+
+
 def test_torchs_own_scaler_lowers_at_once() -> None:
     model, guard = guarded(False)
     guard.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

@@ -6,7 +6,6 @@ import io
 import math
 import random
 import statistics
-import timeit
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -209,18 +208,6 @@ def test_both_excesses_are_described() -> None:
     assert both is not None and both.startswith("the gradient norm is 5, above 2.5") and "and the loss is 3" in both
 
 
-def test_a_step_costs_less_than_15_microseconds() -> None:
-    window, values = SpikeWindow(128), noise(5, 1000, 1.0)
-
-    def watch() -> None:
-        for value in values:
-            window.limits()
-            window.accept(loss=value, grad_norm=value)
-
-    best = min(timeit.repeat(watch, number=1, repeat=20)) / len(values)
-    assert best < 15e-6, f"{best * 1e6:.1f} microseconds"
-
-
 # The guard.
 
 
@@ -378,18 +365,34 @@ def first_alarm(losses: Sequence[float], **how: Any) -> int | None:
     return next((index for index, loss in enumerate(losses) if detector.observe(loss) is not None), None)
 
 
+def allowance(logarithms: list[float], updates: int) -> float:
+    """By how much their mean may be off: a root of their number, or two standard errors if that is less."""
+    count, unknown = len(logarithms), math.log(math.sqrt(updates / len(logarithms)))
+    if count < 3:
+        return unknown
+    return min(unknown, max(math.log(1.5), 2 * statistics.stdev(logarithms) / math.sqrt(count)))
+
+
 def expected_alarm(losses: Sequence[float], factor: float, updates: int) -> int | None:
     """Say when the detector speaks, by its definition."""
     logarithms = list(map(math.log, losses))
     averages = [math.fsum(logarithms[:count]) / count for count in range(1, updates + 1)]
-    levels = [average + math.log(math.sqrt(updates / count)) for count, average in enumerate(averages, start=1)]
+    levels = [average + allowance(logarithms[:count], updates) for count, average in enumerate(averages, start=1)]
     for logarithm in logarithms[updates:]:
         averages.append(averages[-1] + (logarithm - averages[-1]) / updates)
         levels.append(averages[-1])
-    above = 0
+    above = lost = 0
+    goal = math.inf
     for index, average in enumerate(averages):
-        above = above + 1 if average > min(levels[: index + 1]) + math.log(factor) else 0
-        if above == updates:
+        best = min(levels[: index + 1])
+        above = above + 1 if average > best + math.log(factor) else 0
+        if index < 3 or best < averages[2] - math.log(2):
+            lost = 0
+        elif lost:
+            lost = lost + 1 if average > goal else 0
+        elif average > best + math.log(factor):
+            lost, goal = 1, min(best, averages[2]) + math.log(0.9)
+        if above == updates or lost == 2 * updates:
             return index
     return None
 
@@ -422,6 +425,67 @@ def test_healthy_losses_do_not_diverge(losses: list[float]) -> None:
 def test_a_training_that_explodes_at_once_has_diverged() -> None:
     alarm = first_alarm([2.5, *[1000.0] * 60, *[100.0] * 60], factor=3.0, updates=50)
     assert alarm is not None and 49 < alarm < 60
+
+
+def test_a_training_that_explodes_and_ends_at_chance_has_diverged() -> None:
+    """As digits do at 100 times the right rate: up to ten times the first loss, and back to that of a guess."""
+    rise = [2.4 * (1 + 12 * math.sin(math.pi * min(step, 110) / 110)) for step in range(400)]
+    losses = [loss * math.exp(jitter) for loss, jitter in zip(rise, map(math.log, noise(4, 400, 0.3)), strict=True)]
+    alarm = first_alarm(losses, factor=3.0, updates=50)
+    assert alarm is not None and alarm < 100
+
+
+def collapsed(height: float) -> list[float]:
+    """Thrown off for 24 updates, and then at the loss of a guess for ever."""
+    return [*[2.0] * 20, *[height] * 24, *[2.3] * 300]
+
+
+def detector_after(losses: Sequence[float], wary: bool) -> tuple[Divergence, list[str | None]]:
+    detector = Divergence(factor=3.0, updates=20)
+    detector.wary = wary
+    return detector, [detector.observe(loss) for loss in losses]
+
+
+@pytest.mark.parametrize(("height", "wary"), [(14.0, False), (6.0, True)])
+def test_a_training_that_falls_back_to_a_guess_has_diverged(height: float, wary: bool) -> None:
+    """Not for long enough to be seen as above its best, but it had learned next to nothing, and never does."""
+    losses = collapsed(height)
+    _, said = detector_after(losses, wary)
+    first = next(index for index, words in enumerate(said) if words is not None)
+    rise = next(n for n in range(len(losses)) if not detector_after(losses[: n + 1], wary)[0].at_ease)
+    assert (first, 25 < rise < 44) == (rise + 39, True)
+    words = said[first]
+    assert words is not None and "hasn't come down to 1.8, below its best, for 40 updates; it is at 2." in words
+
+
+@pytest.mark.parametrize("wary", [False, True])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [*[2.0] * 20, *[14.0] * 24, *[0.5] * 300],  # better than ever afterwards
+        [*[2.0] * 20, *[0.5] * 60, *[2.3] * 7, *[0.6] * 300],  # it had learned much
+        [*[2.0] * 20, *[3.0] * 300],  # by less than the root of the factor
+        [*[2.0] * 2, *[3.6] * 300],  # that is its first level
+    ],
+)
+def test_others_are_left_alone(losses: list[float], wary: bool) -> None:
+    detector, said = detector_after(losses, wary)
+    assert set(said) == {None}
+    assert detector.at_ease
+
+
+def test_the_count_goes_on_from_its_state() -> None:
+    for cut in (2, 3, 30, 60):
+        first, second = Divergence(updates=20), Divergence(updates=20)
+        first.wary = cut > 3
+        for loss in collapsed(14.0)[:cut]:
+            first.observe(loss)
+        for _ in range(50):
+            second.observe(30.0)
+        second.load_state_dict(first.state_dict())
+        for loss in collapsed(14.0)[cut:]:
+            assert first.observe(loss) == second.observe(loss)
+        assert first.state_dict() == second.state_dict()
 
 
 def test_an_alarm_says_how_far_above_the_best() -> None:
@@ -458,7 +522,7 @@ def test_such_a_loss_leaves_the_detector_as_it_is(loss: float) -> None:
     assert detector.observe(loss) is None and detector.state_dict() == before
 
 
-def test_the_detector_goes_on_from_its_state_and_can_be_reset() -> None:
+def test_the_detector_goes_on_from_its_state() -> None:
     losses = [*noise(9, 40, 0.2), *noise(10, 100, 0.2, 30.0)]
     whole = Divergence(updates=10)
     said = [whole.observe(loss) for loss in losses]
@@ -468,8 +532,6 @@ def test_the_detector_goes_on_from_its_state_and_can_be_reset() -> None:
             first.observe(loss)
         second.load_state_dict(first.state_dict())
         assert [second.observe(loss) for loss in losses[cut:]] == said[cut:]
-    whole.reset()
-    assert whole.state_dict() == Divergence().state_dict() and whole.observe(1e9) is None
 
 
 def refused(make: Callable[[], object], said: str) -> None:

@@ -64,7 +64,7 @@ class Staging:
 
     def _staged(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         tensor = tensor.detach().resolve_conj().resolve_neg()
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type not in ("cpu", "cuda"):
             return tensor.cpu().clone()
         if tensor.device.type == "cpu" and not self._copy:
             return tensor

@@ -94,39 +94,33 @@ def check_overrides(overrides: Sequence[str], flags: Sequence[str]) -> None:
             )
 
 
-def named_words(
-    command: str, arguments: Sequence[str], needed: Sequence[str], allowed: Sequence[str]
-) -> dict[str, str]:
+def named_words(arguments: Sequence[str], usage: str) -> dict[str, str]:
     """Read the words of a command that composes no config, each `name=value`.
 
     Args:
-        command: its name, for messages.
-        arguments: the words after it.
-        needed: names that must be given.
-        allowed: names that may be given besides.
+        arguments: the words after the command.
+        usage: how the command is written; a name in brackets may be left out.
 
     Example:
-        >>> named_words("export", ["run=runs/mine"], ["run"], ["to"])
+        >>> named_words(["run=runs/mine"], "export run=<folder> [to=<folder>]")
         {'run': 'runs/mine'}
 
     Raises:
-        ConfigurationError: a word has no name, an unknown or a repeated one, or one is missing.
+        ConfigurationError: a word has no name or no value, an unknown or a repeated name, or one is missing.
     """
-    usage = " ".join([f"{name}=<{name}>" for name in needed] + [f"[{name}=<{name}>]" for name in allowed])
-    usage = f" Usage: python -m stabletrain {command} {usage}"
+    allowed = re.findall(r"(\w+)=<?", usage)
+    needed = re.findall(r"(?<!\[)\b(\w+)=<?", usage)
     found: dict[str, str] = {}
     for word in arguments:
-        name, equals, value = word.partition("=")
-        if equals == "" or value == "" or name not in (*needed, *allowed):
-            raise ConfigurationError(
-                f"{command}: {word!r} can't be used.{did_you_mean(name, [*needed, *allowed])}{usage}"
-            )
+        name, _, value = word.partition("=")
+        if value == "" or name not in allowed:
+            raise ConfigurationError(f"{word!r} can't be used here.{did_you_mean(name, allowed)} Usage: {usage}")
         if name in found:
-            raise ConfigurationError(f"{command}: {name} is given twice.{usage}")
+            raise ConfigurationError(f"{name} is given twice; give it once. Usage: {usage}")
         found[name] = value
     missing = [name for name in needed if name not in found]
     if missing:
-        raise ConfigurationError(f"{command}: {', '.join(missing)} is missing.{usage}")
+        raise ConfigurationError(f"{', '.join(missing)} is missing. Usage: {usage}")
     return found
 
 

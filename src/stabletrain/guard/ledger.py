@@ -164,10 +164,10 @@ class Ledger:
         if sum(self._recent) > self.policy.max_rejected:
             raise UnstableTraining(
                 f"{sum(self._recent)} of the last {len(self._recent)} steps were rejected, more than the "
-                f"{self.policy.max_rejected} allowed; the last one for its {verdict.reason}: {verdict.detail}. "
-                f"Reasons so far: {', '.join(f'{name} {count}' for name, count in sorted(self.reasons.items()))}. "
-                "Model and optimizer are as the last applied step left them.",
+                f"{self.policy.max_rejected} allowed; the last one for its {verdict.reason}: {verdict.detail}.",
                 verdict,
+                more=f"Reasons so far: {', '.join(f'{name} {count}' for name, count in sorted(self.reasons.items()))}. "
+                "Model and optimizer are as the last applied step left them.",
             )
 
     def forgive(self) -> None:

@@ -15,6 +15,9 @@ LARGEST_FACTOR = 1000.0  # times the median is the highest limit that a wide spr
 HALF_LIFE = 500.0  # applied steps after which half of a peak is forgotten
 FLOOR = 10.0  # for gradient norms: one in 30,000 healthy steps goes further beyond its peak (docs/guard.md)
 LOSS_FLOOR = 5.0  # for losses: healthy ones stay below 3 times their peak
+LEAST_ALLOWANCE = math.log(1.5)  # for the error of the mean of a run's first losses
+FIRST_LOSSES = 3  # of a run, which are those of the weights that it begins with
+BETTER = 0.9  # times the best level: what a training that was thrown off must reach
 LARGEST_LOGARITHM = 709.0  # its exponential is still a float
 
 
@@ -181,8 +184,11 @@ class Divergence:
 
     The loss is averaged exponentially on the log scale, over about `updates` applied steps, so that one step counts
     little and a factor means the same at every level. When the average has been above its own best by `factor` for
-    `updates` applied steps in a row, the training has diverged. Losses that are zero, negative or not finite are left
-    out: there is no such factor for them.
+    `updates` applied steps in a row, the training has diverged. What is thrown off before it has learned much often
+    ends with the loss of a guess, which isn't far above. So as long as the average was never below half of the first
+    losses, it must not exceed its best by `factor` even for a moment, unless it is better than ever within
+    2 * `updates` steps; by the root of `factor` where a detector is `wary`. Losses that are zero, negative or not
+    finite are left out: there is no such factor for them.
 
     Args:
         factor: by how much the average loss may exceed its best.
@@ -207,19 +213,24 @@ class Divergence:
             raise ConfigurationError(f"guard.diverged_updates is {updates}; it must be at least 1.")
         self.factor = factor
         self.updates = updates
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything, as after a rollback."""
+        self.wary = False  # whether there was trouble before, so that less is needed to speak of it again
         self._seen = 0  # losses that entered the average
         self._average = 0.0  # of the logarithms, weighted towards the latest
+        self._square = 0.0  # of their squares, likewise
         self._best = math.inf  # the lowest average so far
         self._above = 0  # updates in a row that were above the best by the factor
+        self._first = math.nan  # mean of the first logarithms
+        self._lost = 0  # updates since the average rose before much was learned; 0 once it has reached the goal
+        self._goal = -math.inf  # a little below the best at that time
 
     @property
     def at_ease(self) -> bool:
         """Whether the loss is near its best, so that the state now is one to return to."""
-        return self._above == 0
+        return self._above == 0 and self._lost == 0
+
+    def is_near_best(self, loss: float) -> bool:
+        """Whether training goes well and this loss is within the factor of the best level."""
+        return self.at_ease and (loss <= 0.0 or math.log(loss) <= self._best + math.log(self.factor))
 
     def observe(self, loss: float) -> str | None:
         """Take in the loss of an applied step.
@@ -235,23 +246,64 @@ class Divergence:
         self._seen += 1
         count = min(self._seen, self.updates)  # a plain mean until there are enough
         self._average += (math.log(loss) - self._average) / count
-        # The mean of a few counts as a level too, with an allowance for its error, which falls with their root: a
-        # training that explodes at once has no other level.
-        self._best = min(self._best, self._average + math.log(self.updates / count) / 2)
+        self._square += (math.log(loss) ** 2 - self._square) / count
+        self._best = min(self._best, self._average + self._allowance(count))
         self._above = self._above + 1 if self._average > self._best + math.log(self.factor) else 0
-        if self._above < self.updates:
+        lost = self._is_lost()
+        if self._above >= self.updates:
+            said = (
+                f"has been above {self.factor:g} times its best level of {math.exp(self._best):.4g} for {self._above}"
+            )
+        elif lost:
+            goal = math.exp(self._goal)
+            said = f"rose before it had halved, and hasn't come down to {goal:.4g}, below its best, for {self._lost}"
+        else:
             return None
-        now, best = math.exp(self._average), math.exp(self._best)
-        return (
-            f"the loss has been above {self.factor:g} times its best level of {best:.4g} for {self._above} updates; "
-            f"it is at {now:.4g}"
-        )
+        return f"the loss {said} updates; it is at {math.exp(self._average):.4g}"
+
+    def _is_lost(self) -> bool:
+        """Note whether training was thrown off before it had learned much; return whether that has lasted."""
+        if self._seen == FIRST_LOSSES:
+            self._first = self._average
+        if self._seen <= FIRST_LOSSES or self._best < self._first - math.log(2):
+            self._lost = 0
+        elif self._lost > 0:
+            self._lost = self._lost + 1 if self._average > self._goal else 0
+        elif self._average > self._best + math.log(self.factor) * (0.5 if self.wary else 1.0):
+            self._lost, self._goal = 1, min(self._first, self._best) + math.log(BETTER)
+        return self._lost >= 2 * self.updates
+
+    def _allowance(self, count: int) -> float:
+        """Return by how much the mean of a few logarithms may be off.
+
+        A training that explodes at once has no other level than that of its first losses, so they count too. Their
+        error falls with the root of their number. From the third on it is taken from their spread, if that is less.
+        """
+        unknown = math.log(self.updates / count) / 2
+        if count < FIRST_LOSSES:
+            return unknown
+        variance = max(self._square - self._average**2, 0.0) * count / (count - 1)
+        return min(unknown, max(LEAST_ALLOWANCE, 2 * math.sqrt(variance / count)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return average, best and counts."""
-        return {"seen": self._seen, "average": self._average, "best": self._best, "above": self._above}
+        """Return averages, best and counts."""
+        return {
+            "seen": self._seen,
+            "average": self._average,
+            "square": self._square,
+            "best": self._best,
+            "above": self._above,
+            "first": self._first,
+            "lost": self._lost,
+            "goal": self._goal,
+            "wary": self.wary,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over what `state_dict` returned; from an older version, some of it is missing."""
+        state = {**Divergence(factor=self.factor, updates=self.updates).state_dict(), **state}
         self._seen, self._above = int(state["seen"]), int(state["above"])
-        self._average, self._best = float(state["average"]), float(state["best"])
+        self._average, self._square = float(state["average"]), float(state["square"])
+        self._best = float(state["best"])
+        self._first, self._goal, self._lost = float(state["first"]), float(state["goal"]), int(state["lost"])
+        self.wary = bool(state["wary"])

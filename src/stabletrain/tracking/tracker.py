@@ -200,7 +200,8 @@ class Tracker:
         Args:
             text: one line.
         """
-        self._say(logging.INFO, text)
+        if self._console.style not in ("none", MUTE):
+            self._try(self._console.say, text)
         if self._events is not None:
             self._try(self._events.text, self._last_steps, "note", text)
 

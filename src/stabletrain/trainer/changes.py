@@ -24,6 +24,7 @@ ELSEWHERE = ("data.path",)
 SILENT = ("name", "resume", "init_from", "init_strict", "debug")
 # What changes the scale of losses, so that those before and after can't be compared.
 OBJECTIVE = ("loss", "loss_mode", "task")
+ABSENT = "(absent)"
 _SHOWN = 12
 
 
@@ -62,7 +63,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
     Args:
         before: the stored settings.
-        after: the current ones. Where either is empty, nothing can be said.
+        after: the current ones. Where either is empty, nothing can be said. A key that is absent in one of them and
+            empty in the other makes no difference: a later version may have added it.
 
     Example:
         >>> before, after = {"seed": 0, "guard": {"window": 100}}, {"seed": 0, "guard": {"window": 50}}
@@ -73,8 +75,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
         return []
     old, new = dict(_leaves(before)), dict(_leaves(after))
     keys = [*new, *(key for key in old if key not in new)]
-    absent = "(absent)"
-    found = [Change(key, old.get(key, absent), new.get(key, absent)) for key in keys if not _within(key, SILENT)]
+    found = [Change(key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys if not _within(key, SILENT)]
     return [change for change in found if not same(change.before, change.after)]
 
 
@@ -85,7 +86,9 @@ def listed(found: list[Change]) -> str:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Return whether two values are equal; NaN equals NaN."""
+    """Return whether two values are equal; NaN equals NaN, and absent equals empty."""
+    if ABSENT in (one, other):
+        return all(value in (ABSENT, None, [], {}, "") for value in (one, other))
     return bool(one == other) or (one != one and other != other)
 
 

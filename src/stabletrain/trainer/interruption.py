@@ -109,7 +109,7 @@ def leave(run: Run, request: Interrupted) -> Interrupted:
     if store is None or not store.occasions.any:
         return Interrupted(f"{where}; nothing was saved, checkpoints are off")
     if run.ranks.from_first(lambda: _is_unsaved(run, store)):
-        save(run, planned=False)
+        save(run)
         problem = run.ranks.from_first(lambda: store.problem if store.wait() is None else None)
         if problem is not None:
             return Interrupted(

@@ -17,7 +17,7 @@ from stabletrain.state import EpochTotals
 from stabletrain.trainer.evaluation import measure_test
 from stabletrain.trainer.interruption import Wishes, leave, obey, poll, wanted
 from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
-from stabletrain.trainer.record import located, record, summarise
+from stabletrain.trainer.record import located, record, say_quarantine, summarise
 from stabletrain.trainer.resume import resume, save
 from stabletrain.trainer.run import Run, Status, Step, Summary
 from stabletrain.trainer.step import forward_backward
@@ -59,6 +59,8 @@ def train(run: Run) -> Summary:
         try:
             if run.guard.policy.scan and run.progress.steps == 0:
                 scan(run)
+            if run.rollback is not None:
+                run.rollback.begin(run)
             while run.progress.epoch < run.epochs:
                 if run.progress.step == 0:
                     run.quarantine.begin_epoch()
@@ -68,11 +70,14 @@ def train(run: Run) -> Summary:
             measure_test(run)
         except Exception as error:
             said = _let_go(run, error)
-            run.tracker.finish(asdict(summarise(run, _status_of(said), start, samples_before, str(said))))
+            summary = summarise(run, _status_of(said), start, samples_before, str(said))
+            say_quarantine(run)
+            run.tracker.finish(asdict(summary))
             if said is error:
                 raise
             raise said from None
         summary = summarise(run, "completed", start, samples_before)
+        say_quarantine(run)
         run.tracker.finish(asdict(summary))
         return summary
 
@@ -92,10 +97,9 @@ def train_epoch(run: Run) -> None:
         step.rate = set_learning_rate(run.optimizer, _rate_factor(run))
         step.verdict = decide(run, losses, step)  # unscale, measure, judge, clip, commit or undo
         waiting = step
-        wishes = wanted(run)
-        if not step.verdict.pending or _may_be_due(run) or wishes.any:
+        if not step.verdict.pending or _may_be_due(run) or wanted(run).any:
             finish_step(run, step)
-            waiting = None
+            waiting, wishes = None, wanted(run)
             _save_if_due(run, step, wishes)
             obey(wishes)
     if waiting is not None:
@@ -118,10 +122,9 @@ def _save_if_due(run: Run, step: Step, wishes: Wishes) -> None:
         return
     occasions, progress = run.checkpoint.occasions, run.progress
     assert step.verdict is not None
-    if step.verdict.applied and occasions.due(updates=progress.updates, epoch_ended=False, epoch=progress.epoch):
+    due = occasions.due(updates=progress.updates, epoch_ended=False, epoch=progress.epoch)
+    if (step.verdict.applied and due) or wishes.save:
         save(run)
-    elif wishes.save:
-        save(run, planned=False)
 
 
 def decide(run: Run, losses: list[Tensor], step: Step) -> Verdict:
@@ -167,7 +170,7 @@ def finish_step(run: Run, step: Step) -> bool:
             begun = run.guard.begun
             if begun:
                 run.guard.discard()
-            roll_back(run, UnstableTraining(f"{diverged}.", verdict), step)
+            roll_back(run, UnstableTraining(f"{diverged}.", verdict), step, blame_rate=True)
             return True
     return mended
 
@@ -214,9 +217,11 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
 
 def _climb(run: Run) -> None:
     """Enter the next stage of the ramp, if it is its turn."""
+    reached = run.ramp.reached
     line = run.ramp.enter(run.progress.epoch + 1)
     if line is not None:
-        run.tracker.note(line)
+        say = run.tracker.note if run.ramp.reached > reached else run.tracker.warning
+        say(line)
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
 

@@ -49,24 +49,25 @@ def mend(run: Run, step: Step) -> bool:
         _quarantine(run, step)
         _amend(run, incident, "salvaged", bad)
         return True
+    ruined = run.ranks.any(verdict.reason == "optimizer" or not bool(state_is_finite([run.optimizer])))[0]
     try:
         run.guard.ledger.check(verdict)
-        if verdict.reason == "optimizer" or run.ranks.any(not bool(state_is_finite([run.optimizer])))[0]:
+        if ruined:
             raise UnstableTraining(f"{verdict.detail}.", verdict)  # no step can heal that
     except UnstableTraining as error:
-        roll_back(run, error, step)
+        roll_back(run, error, step, blame_rate=not ruined)
         _amend(run, incident, "rolled_back", [])
     if run.rollback is not None:
         run.rollback.disturbed(run.progress.updates)
     return True
 
 
-def roll_back(run: Run, why: UnstableTraining, step: Step) -> None:
-    """Return to the last healthy state, or stop and say where it was."""
+def roll_back(run: Run, why: UnstableTraining, step: Step, *, blame_rate: bool) -> None:
+    """Return to the last healthy state, at a lower rate, or stop and say where it was."""
     if run.rollback is None:
         raise located(run, why, step) from None
     try:
-        run.rollback.go_back(run, why)
+        run.rollback.go_back(run, why, blame_rate=blame_rate)
     except UnstableTraining as final:
         raise located(run, UnstableTraining(str(final), why.verdict), step) from None
 

@@ -11,7 +11,11 @@ from torch import Tensor
 from stabletrain.errors import UnstableTraining
 from stabletrain.finite import first_nonfinite
 from stabletrain.guard.measure import state_tensors
+from stabletrain.quarantine import FILE_NAME
 from stabletrain.trainer.run import Run, Status, Step, Summary
+from stabletrain.trainer.salvage import bad_inputs
+
+LISTED = 10  # samples found bad that the last lines of a run list
 
 
 def record(run: Run, step: Step) -> None:
@@ -38,7 +42,7 @@ def record(run: Run, step: Step) -> None:
         run.totals.rejected += 1
         if verdict.reason != "overflow" or verdict.facts.scale_held:
             run.ramp.disturb()
-        run.tracker.rejected(row, _seen(run, step), verdict.detail)
+        run.tracker.rejected(row, _seen(run, step), verdict.detail + _suspects(run, step))
     elif step.rejected_for is not None:
         run.tracker.salvaged(row, step.bad_samples, step.rejected_for.detail)
     run.tracker.step(row)
@@ -49,9 +53,33 @@ def located(run: Run, error: UnstableTraining, step: Step) -> UnstableTraining:
     step.verdict = error.verdict
     run.progress.step, run.progress.steps = step.index + 1, step.number + 1
     record(run, step)
-    indices = _seen(run, step)
-    shown = ", ".join(map(str, indices[:20])) + (f" and {len(indices) - 20} more" if len(indices) > 20 else "")
-    return UnstableTraining(f"epoch {step.epoch}, step {step.index}: {error} Samples: {shown}.", error.verdict)
+    shown = _listed(_seen(run, step))
+    suspects = _suspects(run, step).removeprefix("; ")
+    said = f"epoch {step.epoch}, step {step.index}: {error} Samples: {shown}{f'; {suspects}' if suspects else ''}."
+    return UnstableTraining(said, error.verdict)
+
+
+def _suspects(run: Run, step: Step) -> str:
+    """Name the samples of a rejected step whose own tensors aren't finite; empty if there are none."""
+    assert step.verdict is not None
+    found = run.ranks.gather(bad_inputs(step.microbatches))[step.verdict.facts.rank]
+    return f"; NaN or Inf in the data of {_listed(found)}" if found else ""
+
+
+def _listed(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:20])) + (f" and {len(indices) - 20} more" if len(indices) > 20 else "")
+
+
+def say_quarantine(run: Run) -> None:
+    """List the samples that this run found bad, each with what is odd about it, at the end of a run."""
+    found = [sample for index, sample in sorted(run.quarantine.found.items()) if sample["epoch"] is not None]
+    if not found:
+        return
+    run.tracker.note(f"{len(found)} samples were found bad and are left out (guard.quarantine takes the list):")
+    for sample in found[:LISTED]:
+        run.tracker.note(f"  sample {sample['index']}, epoch {sample['epoch']}: {sample['odd']}")
+    if len(found) > LISTED:
+        run.tracker.note(f"  and {len(found) - LISTED} more in {FILE_NAME}")
 
 
 def _seen(run: Run, step: Step) -> list[int]:

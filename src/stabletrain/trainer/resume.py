@@ -26,22 +26,17 @@ log = logging.getLogger(__name__)
 ROLLBACK_NAME = "rollback.pt"
 
 
-def save(run: Run, metrics: dict[str, float] | None = None, *, planned: bool = True) -> None:
+def save(run: Run, metrics: dict[str, float] | None = None) -> None:
     """Save everything that the rest of the run depends on.
 
     Args:
         run: between two steps.
         metrics: of the validation of this state; None when it wasn't validated.
-        planned: whether every run with this config saves here, as it does by the count of updates or epochs. The state
-            then becomes the one to roll back to, in this run and in one that continues from it. What is saved for
-            another reason changes nothing: the copy to roll back to is saved with it.
     """
     assert run.checkpoint is not None
     further: dict[str, Any] = {}
     run.ranks.same_buffers(run.model)
-    if run.rollback is not None and planned:
-        run.rollback.keep(run, now=True)
-    elif run.rollback is not None and (kept := run.rollback.kept()) is not None:
+    if run.rollback is not None and (kept := run.rollback.kept()) is not None:
         further[ROLLBACK_NAME] = whole(kept)
     position = {name: getattr(run.progress, name) for name in ("epoch", "step", "steps")}
     state = _state(run)
@@ -59,7 +54,7 @@ def _state(run: Run) -> dict[str, Any]:
         "totals": run.totals.state_dict(),
         "quarantine": run.quarantine.state_dict(),
         "ramp": run.ramp.state_dict(),
-        "rollback": run.rollback.state_dict() if run.rollback is not None else {},
+        "rollback": whole(run.rollback.state_dict(run.progress.updates)) if run.rollback is not None else {},
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
         # Of each process; clones, because they are views of the whole epoch's order.
@@ -98,14 +93,19 @@ def resume(run: Run) -> None:
     run.progress.load_state_dict(state["progress"])
     run.totals.load_state_dict(state["totals"])
     run.quarantine.load_state_dict(state["quarantine"])
-    run.ramp.load_state_dict(state["ramp"])
+    if "ramp" in state:  # younger than the format
+        run.ramp.load_state_dict(state["ramp"])
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
     if run.rollback is not None and state["rollback"]:
+        rollback = state["rollback"]
         kept = _kept(run, state, store.further.get(ROLLBACK_NAME))
-        run.rollback.load_state_dict(state["rollback"], kept)
-        if kept is None and state["rollback"]["kept_updates"] >= 0:
-            run.rollback.keep(run)
+        trial = rollback.get("trial")
+        if trial is not None:
+            trial = _kept(run, state, trial) if "model" in trial else {**learned_state(run), **trial}
+        run.rollback.load_state_dict(rollback, kept, trial)
+        if any(change.of_the_objective for change in changed.values()):
+            run.rollback.forget_losses()
     if run.incidents is not None and state["incidents"]:
         run.incidents.load_state_dict(state["incidents"])
     run.fault.load_state_dict(state["fault"])
@@ -151,9 +151,9 @@ def _check_changes(run: Run, state: dict[str, Any]) -> dict[str, Change]:
 
 def _divided(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     """Return what is learned of a whole state, divided among the ranks as this run divides it."""
-    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(enumerate(parameter for group in run.optimizer.param_groups for parameter in group["params"]))
     optimizer = {
-        number: {name: sharded_like(value, parameters[number]) for name, value in memory.items()}
+        number: {name: sharded_like(value, parameters.get(number)) for name, value in memory.items()}
         for number, memory in state["optimizer"]["state"].items()
     }
     average = run.ema.average if run.ema is not None else {}

@@ -62,14 +62,12 @@ def _correct(run: Run, expected: float | Tensor, total: float | Tensor, ranks: R
     if ranks.together:
         on_device = torch.as_tensor(total, dtype=torch.float64, device=run.device)
         total, expected = ranks.total(on_device), expected * ranks.size
-        if run.device.type == "cpu":
-            total = total.item()
+        total = total.item() if run.device.type == "cpu" else total.float()
     elif only:
         return  # what was expected is its own weight
     known_equal = not isinstance(total, Tensor) and not isinstance(expected, Tensor) and total == expected
     if not known_equal:
-        factor = expected / _at_least_something(total)
-        scale_all(gradients([run.optimizer]), factor.float() if isinstance(factor, Tensor) else factor)
+        scale_all(gradients([run.optimizer]), expected / _at_least_something(total))
 
 
 def _at_least_something(weight: float | Tensor) -> Any:
