@@ -15,7 +15,7 @@ INTEGRATIONS := $(VENV)/.installed-integrations
 INSTALL = $(RUN) -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-normal train-stable train-safe train-stable-multi test test-integrations checks clean
+.PHONY: help setup train-normal train-stable train-safe train-stable-multi test test-mutants test-integrations checks clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS=\"key=value ...\"] [PYTHON=python3.11] [VENV=.venv] [PIP_ARGS=...]"
@@ -40,6 +40,9 @@ train-stable-multi: $(INSTALLED) ## train it with the preset stable on PROCESSES
 
 test: $(DEVELOPMENT) ## run the tests and the examples in docstrings
 	@$(RUN) -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+test-mutants: $(DEVELOPMENT) ## leave out each statement of the guard in turn: some test has to fail (half an hour)
+	@MUTANTS=all $(RUN) -m pytest -q -n 2 --dist worksteal tests/guard/test_mutation.py $(ARGS)
 
 test-integrations: $(INTEGRATIONS) ## test the adapters for Lightning, Hugging Face and Accelerate
 	@$(RUN) -m pytest -q -n 2 --dist worksteal -o addopts="--doctest-modules --import-mode=importlib --strict-markers -ra" \
