@@ -8,6 +8,7 @@ from torch import nn
 
 from stabletrain.errors import ConfigurationError
 from stabletrain.model import MLP, ConvNet, RecurrentClassifier
+from stabletrain.precision import Precision
 
 
 def ragged(lengths: list[int], features: int = 3, seed: int = 0) -> list[torch.Tensor]:
@@ -55,7 +56,7 @@ MODELS = {
 def test_every_parameter_gets_a_finite_gradient(name: str, low: bool) -> None:
     model, inputs = MODELS[name]
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+    with Precision("bfloat16" if low else "float32").autocast():
         logits = model(inputs)
     nn.functional.cross_entropy(logits.float(), torch.arange(8) % 3).backward()
     for path, parameter in model.named_parameters():

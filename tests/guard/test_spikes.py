@@ -422,6 +422,12 @@ def test_healthy_losses_do_not_diverge(losses: list[float]) -> None:
     assert first_alarm(losses, factor=3.0, updates=50) is None
 
 
+def test_what_a_few_scattered_losses_show_is_no_level_to_be_held_to() -> None:
+    divergence = Divergence(factor=2.0, updates=200)
+    scattered = [-3.0, 1.0] * 5 + [-2.0, 2.0] * 300  # logarithms; by chance, the first ones are lower
+    assert not any(divergence.observe(math.exp(one)) for one in scattered)
+
+
 def test_a_training_that_explodes_at_once_has_diverged() -> None:
     alarm = first_alarm([2.5, *[1000.0] * 60, *[100.0] * 60], factor=3.0, updates=50)
     assert alarm is not None and 49 < alarm < 60

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from stabletrain.errors import ConfigurationError
 from stabletrain.fault.base import Planned, Surroundings, check_factor
 from stabletrain.finite import scale_all
+from stabletrain.tree import local
 
 
 class NanLoss(Planned):
@@ -141,5 +142,6 @@ def _floating(items: Any) -> list[Tensor]:
 
 
 def _spoil_first(found: list[Tensor]) -> None:
-    if found:
-        found[0][(0,) * found[0].dim()] = math.nan
+    own = local(found[0]) if found else torch.empty(0)  # of a sharded tensor, what this process holds
+    if own.numel() > 0:
+        own[(0,) * own.dim()] = math.nan
