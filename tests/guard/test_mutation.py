@@ -77,6 +77,7 @@ TARGETS: list[tuple[Any, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 # Statements that may go without anybody noticing, and why.
+RANKS = "there are no others here; what several ranks do is held by test_ranks.py"
 DECLARED = "declares what `take` fills"
 HARMLESS = {
     "Snapshot.__init__: self.slots: list[BufferSlot] = []": DECLARED,
@@ -86,6 +87,13 @@ HARMLESS = {
     "Snapshot.__init__: self._random_states: list[Tensor] = []": DECLARED,
     "Attachment.__init__: self._groups: list[dict[str, Any]] = []": "declares what `_prepare` fills",
     "Attachment.__init__: self._nested = 0": "every decision sets it",
+    "StepGuard._judge: facts = agreed(facts, self.ranks, device)": RANKS,
+    "StepGuard._judge: if self.ranks.together and (not alone): "
+    "device = self.optimizers[0].param_groups[0]['param": RANKS,
+    "StepGuard._judge: device = self.optimizers[0].param_groups[0]['params'][0].device": RANKS,
+    "DeviceStep.run: loss, faults = self._agreed(loss, faults)": RANKS,
+    "DeviceStep.run: overflow = faults[FAULTS.index('overflow')] & ~faults[0]": RANKS,
+    "stabletrain.guard.snapshot._identical: now, before = (local(now), local(before))": RANKS,
     "StepGuard.attempt: self._snapshot.note_moved_parameters()": "the rejected step that is run again has noted them",
     "stabletrain.guard.measure.bad_learning_rate: return None": "the last line, where Python returns None by itself",
     "stabletrain.guard.on_device._bad_buffers: if not found: return never": "the CPU needs no tensor on a device",
