@@ -428,6 +428,12 @@ def test_what_a_few_scattered_losses_show_is_no_level_to_be_held_to() -> None:
     assert not any(divergence.observe(math.exp(one)) for one in scattered)
 
 
+def test_a_divergence_that_was_saved_with_less_in_it_is_taken_up() -> None:
+    divergence = Divergence(factor=2.0, updates=20)
+    divergence.load_state_dict({"seen": 5, "average": 0.5, "square": 0.5, "best": 0.4, "above": 1, "first": 0.6})
+    assert (divergence.at_ease, divergence.wary) == (False, False)
+
+
 def test_a_training_that_explodes_at_once_has_diverged() -> None:
     alarm = first_alarm([2.5, *[1000.0] * 60, *[100.0] * 60], factor=3.0, updates=50)
     assert alarm is not None and 49 < alarm < 60
