@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from small import Multiply
 from stabletrain.assembly import assemble
 from stabletrain.checkpoint import CheckpointStore
 from stabletrain.collectives import whole
@@ -65,19 +66,6 @@ class Net(nn.Module):
             hidden = hidden * self.factor
         logits: Tensor = self.last(self.drop(hidden))
         return logits
-
-
-class _Backward(torch.autograd.Function):
-    """The identity, whose gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return inputs.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
 
 
 def wrapped(net: Net, wrapper: str) -> nn.Module:
@@ -150,7 +138,7 @@ def _microbatch(case: Case, net: Net, model: nn.Module, scaler: Any, faulty: boo
     if faulty and case.place == "loss":
         loss = loss * case.value
     if faulty and case.place in ("gradient", "spike", "overflow"):
-        loss = _Backward.apply(loss, case.value)
+        loss = Multiply.apply(loss, case.value)
     (scaler.scale(loss) if scaler is not None else loss).backward()
     return loss
 

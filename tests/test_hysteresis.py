@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
+from small import RootOfDistance, points
 from stabletrain import Policy, UnstableTraining
 from stabletrain.assembly import assemble
 from stabletrain.checkpoint import CheckpointStore
-from stabletrain.data import ArrayDataset, Splits
+from stabletrain.data import Splits
 from stabletrain.fault import Fp16Overflow, NanGradient
 from stabletrain.incident import load_incident
 from stabletrain.optimizer import adamw
@@ -26,27 +25,13 @@ QUIET = partial(Tracker, progress="none", log_every=1)
 FP16 = partial(Precision, "float16", initial_scale=256.0)
 
 
-class NanBehindRoot(nn.Module):
-    """Its gradient is NaN for every sample of zeros, at a finite loss and whatever the loss scale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(5, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.layer(inputs)
-        return logits * (logits * inputs.abs().sum(1, keepdim=True)).square().sum(1, keepdim=True).sqrt()
-
-
 def make(folder: Path, **options: Any) -> Run:
-    targets = torch.arange(96) % 3
-    inputs = torch.randn(96, 5, generator=torch.Generator().manual_seed(0)) + targets[:, None]
+    data = points()
     if options.pop("zeros", False):
-        inputs = torch.zeros_like(inputs)
+        data.inputs.zero_()
     options = {"epochs": 4, "batch_size": 16, "tracking": QUIET, "precision": FP16, "guard": Policy(), **options}
     options.setdefault("optimizer", partial(adamw, lr=1e-2))
-    return assemble(NanBehindRoot(), Splits(train=ArrayDataset(inputs, targets)), folder=folder, **options)
+    return assemble(RootOfDistance(), Splits(train=data), folder=folder, **options)
 
 
 def scale(run: Run) -> float:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from composed import checked
+from small import Normalised, points
 from stabletrain import ConfigurationError, Policy
 from stabletrain.assembly import assemble
 from stabletrain.build import build
@@ -33,24 +34,8 @@ QUIET = partial(Tracker, progress="none", log_every=1)
 STAGES = [{"epoch": 2, "batch_size": 24, "lr": 2.0}, {"epoch": 3, "batch_size": 50}, {"epoch": 5, "lr": 3.0}]
 
 
-class Net(nn.Module):
-    """Remembers the largest batch that it has seen in training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
-        self.largest = 0
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.largest = max(self.largest, len(inputs) if self.training else 0)
-        logits: Tensor = self.layers(inputs)
-        return logits
-
-
 def make(folder: Path | None, **options: Any) -> Run:
-    targets = torch.arange(100) % 3
-    data = ArrayDataset(torch.randn(100, 5, generator=torch.Generator().manual_seed(0)) + targets[:, None], targets)
+    data = points(100)
     options = {
         "epochs": 7,
         "batch_size": 16,
@@ -61,7 +46,7 @@ def make(folder: Path | None, **options: Any) -> Run:
         **options,
     }
     optimizer = partial(adamw, lr=1e-2)
-    return assemble(Net(), Splits(train=data, validation=data), folder=folder, optimizer=optimizer, **options)
+    return assemble(Normalised(), Splits(train=data, validation=data), folder=folder, optimizer=optimizer, **options)
 
 
 def history(folder: Path) -> list[dict[str, str]]:
@@ -78,7 +63,7 @@ def test_batches_and_rates_rise_and_memory_does_not(tmp_path: Path, capsys: pyte
     summary = train(run)
     assert sizes(tmp_path) == [16, 16, 24, 50, 50, 50, 50]
     assert summary.updates == planned == 6 + 6 + 4 + 2 * 4
-    assert isinstance(run.model, Net) and run.model.largest == 16
+    assert isinstance(run.model, Normalised) and run.model.largest == 16
     rows = list(csv.DictReader((tmp_path / "steps.csv").read_text().splitlines()))
     for row in rows:
         factor = [1, 1, 2, 2, 2, 3, 3][int(row["epoch"])]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from small import Normalised, RootOfDistance, points
 from stabletrain import Policy, UnstableTraining
 from stabletrain.assembly import assemble
 from stabletrain.augmentation import Mixup
@@ -32,34 +33,13 @@ SALVAGE = Policy(on_rejection="salvage", max_quarantined=0.2)
 HIDDEN = 1e30  # finite, so that nothing is wrong with the input itself
 
 
-class Net(nn.Module):
-    """Batch normalisation and dropout; counts the samples that it has seen in training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
-        self.seen = 0
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.seen += len(inputs) if self.training else 0
-        logits: Tensor = self.layers(inputs)
-        return logits
-
-
-def points(count: int = 96) -> ArrayDataset:
-    targets = torch.arange(count) % 3
-    inputs = torch.randn(count, 5, generator=torch.Generator().manual_seed(0)) + targets[:, None]
-    return ArrayDataset(inputs, targets)
-
-
 def make(folder: Path, poison: dict[int, float] | None = None, *, count: int = 96, **options: Any) -> Run:
     data = points(count)
     for index, value in (poison or {}).items():
         data.inputs[index, 2] = value
     options = {"epochs": 2, "batch_size": 16, "tracking": QUIET, "guard": SALVAGE, **options}
     options.setdefault("optimizer", partial(adamw, lr=1e-2))
-    return assemble(Net(), Splits(train=data), folder=folder, **options)
+    return assemble(Normalised(), Splits(train=data), folder=folder, **options)
 
 
 def everything(run: Run) -> dict[str, Tensor]:
@@ -130,7 +110,7 @@ def test_one_hidden_sample_in_256_costs_at_most_four_batches(tmp_path: Path, see
     run = make(tmp_path, {bad: HIDDEN}, count=256, batch_size=256, epochs=1)
     summary = train(run)
     assert summary.quarantined == [bad]
-    assert isinstance(run.model, Net)
+    assert isinstance(run.model, Normalised)
     assert run.model.seen - 256 <= 4 * 256  # after the step's own forward
 
 
@@ -255,19 +235,6 @@ def test_a_salvaging_run_resumes_at_the_same_bits(tmp_path: Path, stop_after: in
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     for name in ("steps.csv", "history.csv", "quarantine.json"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
-
-
-class RootOfDistance(nn.Module):
-    """Its gradient is NaN for a sample of zeros, at a finite loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(5, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.layer(inputs)
-        return logits * (logits * inputs.abs().sum(1, keepdim=True)).square().sum(1, keepdim=True).sqrt()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -31,7 +31,7 @@ class Ranks:
     Example:
         >>> alone = Ranks()
         >>> alone.rank, alone.size, alone.gather("a"), alone.any(True)
-        (0, 1, ['a'], (True,))
+        (0, 1, ['a'], True)
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -66,9 +66,9 @@ class Ranks:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Return for each flag whether it is set on any rank."""
-        return tuple(count > 0 for count in self.sums(*map(float, flags)))
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        return self.sums(flag)[0] > 0
 
     def sums(self, *values: float) -> tuple[float, ...]:
         """Return the sum of each number over all ranks."""
@@ -112,11 +112,6 @@ class Ranks:
             return
         for buffer in module.buffers():
             dist.broadcast(buffer, group_src=0, group=self.group)
-
-    def wait(self) -> None:
-        """Wait until every rank has come here."""
-        if self.together:
-            dist.barrier(group=self.group)
 
     def agree(self, loss: Tensor, faults: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce one step's loss and faults in 16 bytes, so that every rank decides the same.

@@ -6,7 +6,7 @@ import io
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -546,12 +546,14 @@ def test_the_detector_goes_on_from_its_state() -> None:
         assert [second.observe(loss) for loss in losses[cut:]] == said[cut:]
 
 
-def refused(make: Callable[[], object], said: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"factor": 1.0}, "diverged_factor is 1.0; it must be a finite number above 1"),
+        ({"factor": INF}, "diverged_factor is inf"),
+        ({"updates": 0}, "diverged_updates is 0; it must be at least 1"),
+    ],
+)
+def test_a_detector_that_cannot_work_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
-        make()
-
-
-def test_a_detector_that_cannot_work_is_refused() -> None:
-    refused(lambda: Divergence(factor=1.0), "diverged_factor is 1.0; it must be a finite number above 1")
-    refused(lambda: Divergence(factor=INF), "diverged_factor is inf")
-    refused(lambda: Divergence(updates=0), "diverged_updates is 0; it must be at least 1")
+        Divergence(**settings)

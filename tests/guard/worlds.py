@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop, SparseAdam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from small import Multiply
 from stabletrain.clipping import Norm, Value
 from stabletrain.guard import Policy, StepGuard, Verdict
 
@@ -73,19 +74,6 @@ class Case:
     ema: bool = False
     moment: str = "later"
     parameters: str = "one group"
-
-
-class _Multiply(torch.autograd.Function):
-    """The identity, whose gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient * ctx.factor, None
 
 
 class World:
@@ -153,7 +141,7 @@ class World:
                     self.model(inputs * value, words)
             outputs = self.model(inputs, words).float()
         if place == "backward":
-            outputs = outputs + (outputs * 0).abs().sqrt() if math.isnan(value) else _Multiply.apply(outputs, value)
+            outputs = outputs + (outputs * 0).abs().sqrt() if math.isnan(value) else Multiply.apply(outputs, value)
         loss = (outputs - targets).square().mean()
         return loss + value if place == "loss" else loss
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from stabletrain.collectives import Ranks, ranks_of
 from stabletrain.errors import ConfigurationError, UnstableTraining
 from stabletrain.finite import first_nonfinite, global_norm, limit_norm
-from stabletrain.guard import loss_scale, measure
+from stabletrain.guard import loss_scale, measure, words
 from stabletrain.guard.agreement import agreed
 from stabletrain.guard.attached import AfterStep, Attachment
 from stabletrain.guard.hooks import end_step_of_others, watch
@@ -321,7 +321,7 @@ class StepGuard:
         value = float(measure.mean_loss(loss)) if loss is not None else math.nan
         bad_loss = ""
         if loss is not None and not math.isfinite(value) and self.policy.on_rejection != "none":
-            bad_loss = self._describe_loss(loss, value)
+            bad_loss = words.about_loss(self.models, loss, value)
         if bad_loss and not self.ranks.together:  # else the others wait for the norm of their shards
             return Facts("loss", value, math.nan, bad_loss)
         if self.scaler is not None:
@@ -335,11 +335,11 @@ class StepGuard:
         if bad_loss:
             return Facts("loss", value, math.nan, bad_loss)
         if not math.isfinite(norm) and self.scaler is not None and (self.scaler.get_scale() > 1.0 or not guarded):
-            return Facts("overflow", value, norm, self._describe_gradients(norm))
+            return Facts("overflow", value, norm, words.about_gradients(self.models, norm))
         if not guarded:
             return Facts(None, value, norm, "")
         if not math.isfinite(norm) or (not self._limits and norm > measure.LARGEST_SQUARE):
-            return Facts("gradient", value, norm, self._describe_gradients(norm))
+            return Facts("gradient", value, norm, words.about_gradients(self.models, norm))
         if (found := self._judge_buffers()) is not None:
             return Facts("buffer", value, norm, found)
         if (found := self._judge_optimizers()) is not None:
@@ -361,7 +361,7 @@ class StepGuard:
         if not any(bad):
             return None
         index = bad.index(True)
-        name = self._buffer_name(buffers[index][1])
+        name = words.buffer_name(self.models, buffers[index][1])
         return f"the size of buffer {name} went from {float(before[index]):.3g} to {float(now[index]):.3g} in one step"
 
     def _judge_optimizers(self) -> str | None:
@@ -373,7 +373,7 @@ class StepGuard:
         if bool(measure.state_is_finite(self.optimizers)):
             self._until_state_check = self.policy.check_state_every
             return None
-        found = first_nonfinite(self._named_parameters())
+        found = first_nonfinite(words.named_parameters(self.models))
         return f"parameter {found}" if found is not None else "the optimizer's state holds NaN or Inf"
 
     def _commit(self, facts: Facts) -> None:
@@ -446,31 +446,3 @@ class StepGuard:
         self._scaler_before = step.scaler_before
         self._drop_gradients()
         return Verdict(read)
-
-    def _named_parameters(self) -> list[tuple[str, Tensor]]:
-        many = len(self.models) > 1
-        return [
-            (f"{index}.{name}" if many else name, parameter)
-            for index, model in enumerate(self.models)
-            for name, parameter in model.named_parameters()
-        ]
-
-    def _buffer_name(self, tensor: Tensor) -> str:
-        names = [name for model in self.models for name, buffer in model.named_buffers() if buffer is tensor]
-        return names[0] if names else "of an extra module"
-
-    def _describe_loss(self, loss: Tensor | Sequence[Tensor], value: float) -> str:
-        found = first_nonfinite(self._named_parameters())
-        if found is not None:
-            return f"the loss is {value}, and before this step parameter {found}"
-        if isinstance(loss, Tensor) or len(loss) == 1:
-            return f"the loss is {value}"
-        bad = [index for index, item in enumerate(loss) if not math.isfinite(item.item())]
-        return f"the loss is {value}, in microbatch {', '.join(map(str, bad))} of {len(loss)} (counted from 0)"
-
-    def _describe_gradients(self, norm: float) -> str:
-        named = [(name, p.grad) for name, p in self._named_parameters() if p.grad is not None]
-        found = first_nonfinite(named)
-        if found is not None:
-            return f"gradient of {found}"
-        return f"the gradient norm is {norm:.3g}, whose square overflows float32; clipping would allow it"

@@ -31,12 +31,12 @@ def wanted(run: Run) -> Wishes:
     overdue = run.checkpoint is not None and run.checkpoint.occasions.overdue
     if not run.ranks.together:
         return Wishes(asked, overdue)
-    leave, save_now = run.ranks.any(asked is not None, overdue)
-    if not leave:
-        return Wishes(None, save_now)
+    leaving, saving = run.ranks.sums(asked is not None, overdue)
+    if not leaving:
+        return Wishes(None, saving > 0)
     said = run.ranks.gather(asked)
     rank, why = next((rank, why) for rank, why in enumerate(said) if why is not None)
-    return Wishes(f"{why} (at process {rank})", save_now)
+    return Wishes(f"{why} (at process {rank})", saving > 0)
 
 
 def obey(wishes: Wishes) -> None:

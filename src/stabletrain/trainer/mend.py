@@ -49,7 +49,7 @@ def mend(run: Run, step: Step) -> bool:
         _quarantine(run, step)
         _amend(run, incident, "salvaged", bad)
         return True
-    ruined = run.ranks.any(verdict.reason == "optimizer" or not bool(state_is_finite([run.optimizer])))[0]
+    ruined = run.ranks.any(verdict.reason == "optimizer" or not bool(state_is_finite([run.optimizer])))
     try:
         run.guard.ledger.check(verdict)
         if ruined:
@@ -123,7 +123,7 @@ def _quarantine(run: Run, step: Step) -> None:
 
 def _keep_quarantine(run: Run, where: str) -> None:
     """Write the list down, and stop when it is too long for a few bad samples."""
-    if run.folder is not None and run.ranks.first:
+    if run.folder is not None:  # the first process has it
         try:
             run.quarantine.write(run.folder.path / FILE_NAME)
         except OSError as error:

@@ -126,7 +126,7 @@ class Rollback:
 
     def _copy(self, run: Run, memory: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """Return a copy of the state, in the memory of another; None if not everything in it is finite."""
-        if run.ranks.any(not bool(state_is_finite([run.optimizer])))[0]:
+        if run.ranks.any(not bool(state_is_finite([run.optimizer]))):
             return None
         state = {**learned_state(run), "spikes": run.guard.spikes.state_dict(), "updates": run.progress.updates}
         copy_of_it: dict[str, Any] = copied({**state, "divergence": self._divergence.state_dict()}, memory)

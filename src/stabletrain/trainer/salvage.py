@@ -183,7 +183,7 @@ def _run_without(run: Run, step: Step, bad: Collection[int]) -> Facts | None:
     empty = [len(microbatch.indices) == 0 for microbatch in reduced]
     # Where every forward is common to all ranks, none of them can leave one out.
     missing = all(empty) or (any(empty) and run.ranks.together and not run.parallel.tries_alone)
-    if run.ranks.any(missing)[0]:
+    if run.ranks.any(missing):
         return None
     return _attempt(run, replace(step, microbatches=reduced), commit=True)
 
