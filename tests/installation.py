@@ -12,6 +12,8 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from processes import run
+
 PROJECT = Path(__file__).resolve().parents[1]
 BUILT_FROM = ("src", "conf", "pyproject.toml", "LICENSE", "README.md")
 
@@ -42,7 +44,7 @@ class Installation:
     def run(self, name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         """Run one of the environment's programs in `folder`, with nothing of the checkout in sight."""
         command = [self.program(name), *arguments]
-        return subprocess.run(command, cwd=folder, env=surroundings(), capture_output=True, text=True, timeout=300)
+        return run(command, folder, surroundings())
 
 
 def installation(place: Path) -> Installation:
@@ -82,7 +84,7 @@ def build(place: Path) -> None:
 
 def succeed(*arguments: str) -> None:
     """Run Python with these arguments and show what it printed if it fails."""
-    done = subprocess.run([sys.executable, *arguments], env=surroundings(), capture_output=True, text=True, timeout=300)
+    done = run([sys.executable, *arguments], environment=surroundings())
     assert done.returncode == 0, f"python {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
 
 

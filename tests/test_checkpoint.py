@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-import stabletrain
+from processes import run
 from stabletrain.checkpoint import CheckpointStore, nonfinite_names
 from stabletrain.errors import ConfigurationError
 from stabletrain.plain import plain
@@ -121,13 +121,9 @@ assert store.latest()["model"]["weight"][0] == 4
 """
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
-
-
-def run(script: str, *arguments: object) -> str:
+def printed_by(script: str, *arguments: object) -> str:
     """Run a script of its own, which must succeed, and return what it prints."""
-    words = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    done = run([sys.executable, "-c", script, *map(str, arguments)])
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -346,7 +342,7 @@ def test_same_step_corrupt_twice(tmp_path: Path) -> None:
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """After each of 40 kill -9, many of them during a save: nothing torn, nothing lost, nothing left aside."""
-    last, half_written, aside = map(int, run(KILLED, tmp_path, 40, 0).split())
+    last, half_written, aside = map(int, printed_by(KILLED, tmp_path, 40, 0).split())
     assert last > 10 and aside == 0
     assert half_written >= 8, "too few kills came during a save for this test to say anything"
 
@@ -355,7 +351,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 def test_full_disk(disk: tuple[Path, str], room: int) -> None:
     """Saving fails, is counted and said; earlier checkpoints are untouched; with space it goes on."""
     folder, how = disk
-    printed = run(FULL, folder, how, room)
+    printed = printed_by(FULL, folder, how, room)
     assert "checkpoint at update 3 not written" in printed and "training goes on" in printed
     assert printed.count("\n") == 1
 

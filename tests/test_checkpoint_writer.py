@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import stabletrain
+from processes import run
 from stabletrain.assembly import assemble
 from stabletrain.checkpoint import Checkpoint, CheckpointStore
 from stabletrain.checkpoint.occasions import seconds
@@ -33,8 +32,6 @@ from stabletrain.fault import DiskFull
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
 from trees import differences
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
 
 
 @pytest.fixture
@@ -211,7 +208,7 @@ from stabletrain.checkpoint import CheckpointStore
 CheckpointStore(sys.argv[1]).save({{"model": {{"weight": torch.ones(10_000_000)}}}}, updates=1)
 {end}
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=ENVIRONMENT, capture_output=True, timeout=120)
+    run([sys.executable, "-c", program, str(tmp_path)])
     found = CheckpointStore(tmp_path).latest()
     assert found is not None and float(found["model"]["weight"].sum()) == 1e7
 
@@ -242,7 +239,7 @@ def test_large_files_have_a_hash_for_each_chunk(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- the trainer
 
 
-def run(folder: Path, **options: Any) -> Run:
+def ready(folder: Path, **options: Any) -> Run:
     torch.manual_seed(0)
     targets = torch.arange(96) % 3
     data = ArrayDataset(torch.randn(96, 5) + targets[:, None], targets)
@@ -253,13 +250,13 @@ def run(folder: Path, **options: Any) -> Run:
 def test_a_run_saves_the_same_bytes_either_way(tmp_path: Path) -> None:
     for way in (True, False):
         make = partial(CheckpointStore, asynchronous=way, every_updates=4, keep_last=9)
-        train(run(tmp_path / str(way), checkpoint=make))
+        train(ready(tmp_path / str(way), checkpoint=make))
     assert len(contents(tmp_path / "True")) == 2 * 7
     assert contents(tmp_path / "True") == contents(tmp_path / "False")
 
 
 def test_the_summary_tells_what_was_saved_and_what_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    one = run(tmp_path)
+    one = ready(tmp_path)
     (tmp_path / "checkpoints").write_text("in the way")
     train(one)
     said = json.loads((tmp_path / "summary.json").read_text())["checkpoints"]
@@ -271,9 +268,9 @@ def test_the_summary_tells_what_was_saved_and_what_not(tmp_path: Path, caplog: p
 def test_trouble_with_the_disk_costs_checkpoints_and_nothing_else(tmp_path: Path, how: str) -> None:
     """The run goes on to the same weights, and saves again as soon as it can."""
     cadence = partial(CheckpointStore, every_updates=2)
-    calm = run(tmp_path / "calm", checkpoint=cadence)
+    calm = ready(tmp_path / "calm", checkpoint=cadence)
     train(calm)
-    one = run(tmp_path / how, checkpoint=cadence, fault=DiskFull(at=6, times=8) if how == "full" else None)
+    one = ready(tmp_path / how, checkpoint=cadence, fault=DiskFull(at=6, times=8) if how == "full" else None)
     note = one.tracker.step
 
     def step(record: Any) -> None:
@@ -290,7 +287,7 @@ def test_trouble_with_the_disk_costs_checkpoints_and_nothing_else(tmp_path: Path
 
 
 def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
-    one = run(tmp_path, settings={"epochs": 3})
+    one = ready(tmp_path, settings={"epochs": 3})
     train(one)
     manifest = json.loads((tmp_path / "checkpoints" / "step_000000018" / "manifest.json").read_text())
     assert manifest["position"] == {"epoch": 3, "step": 0, "steps": 18}
@@ -300,7 +297,7 @@ def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
 
 
 def test_an_exception_in_training_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
-    one = run(tmp_path)
+    one = ready(tmp_path)
     note = one.tracker.epoch
 
     def fail(record: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from processes import run
 from stabletrain.data import Splits, from_csv, from_npz, from_parquet
 from stabletrain.errors import ConfigurationError
 
@@ -334,6 +334,6 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
         "except ConfigurationError as error:\n    print(error)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    result = run([sys.executable, "-c", code], environment=environment)
     assert "stabletrain[parquet]" in result.stdout
     assert "CSV" in result.stdout

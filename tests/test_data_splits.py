@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, TensorDataset
 
+from processes import run
 from stabletrain.data import ArrayDataset, Splits, breast_cancer, digits, sequences, split_dataset, split_indices
 from stabletrain.errors import ConfigurationError
 
@@ -184,7 +184,7 @@ def test_a_fingerprint_changes_with_everything_that_counts_and_with_nothing_else
 def test_a_fingerprint_is_the_same_in_another_process() -> None:
     code = "from stabletrain.data import digits; print(digits(seed=2).fingerprint())"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    other = run([sys.executable, "-c", code], environment=environment)
     assert other.stdout.strip() == digits(seed=2).fingerprint()
 
 

@@ -6,10 +6,8 @@ import csv
 import errno
 import json
 import math
-import os
 import resource
 import signal
-import subprocess
 import sys
 from collections import namedtuple
 from functools import partial
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from composed import checked
+from processes import run
 from stabletrain import config
 from stabletrain import fault as faults
 from stabletrain.assembly import assemble
@@ -159,14 +158,7 @@ def test_a_time_without_a_fault_is_told() -> None:
 
 def test_a_sweep_compares_faults_at_one_step(tmp_path: Path) -> None:
     words = ["-m", "+fault=none,nan_loss", "fault.at=5", "experiment=tabular", "epochs=1", "device=cpu", "name=s"]
-    done = subprocess.run(
-        [sys.executable, "-m", "stabletrain", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run([sys.executable, "-m", "stabletrain", *words], tmp_path)
     assert done.returncode == 0, done.stderr
     summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "runs" / "s").glob("*/summary.json"))]
     assert sorted(summary["rejected"] for summary in summaries) == [0, 1]
@@ -549,23 +541,16 @@ for number in range(6):
 
 
 def test_a_process_is_killed_once_at_each_step_and_the_folder_remembers(tmp_path: Path) -> None:
-    def run(*arguments: str) -> tuple[int, list[str]]:
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED_AT, *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(SOURCE)},
-            timeout=120,
-            check=False,
-        )
+    def killed(*arguments: str) -> tuple[int, list[str]]:
+        done = run([sys.executable, "-c", KILLED_AT, *arguments])
         return done.returncode, done.stdout.split()
 
     whole = ["0", "1", "2", "3", "4", "5"]
-    assert run(str(tmp_path)) == (-signal.SIGKILL, whole[:3])
+    assert killed(str(tmp_path)) == (-signal.SIGKILL, whole[:3])
     assert json.loads((tmp_path / "fault.json").read_text()) == {"killed_at": 3}
-    assert run(str(tmp_path)) == (-signal.SIGKILL, whole[:4])
-    assert run(str(tmp_path)) == (0, whole)
-    assert run() == (-signal.SIGKILL, whole[:3])
+    assert killed(str(tmp_path)) == (-signal.SIGKILL, whole[:4])
+    assert killed(str(tmp_path)) == (0, whole)
+    assert killed() == (-signal.SIGKILL, whole[:3])
 
 
 def write(path: Path) -> int:
@@ -745,18 +730,16 @@ def test_a_killed_run_goes_on_with_the_same_command_to_the_same_end(tmp_path: Pa
     given = ["experiment=tabular", "epochs=2", "base_lr=1e-3", "device=cpu", "name=a", "checkpoint_every_updates=5"]
     fault = ["+fault=kill", "fault.at=18"]
 
-    def run(name: str, *more: str) -> int:
+    def ended(name: str, *more: str) -> int:
         (tmp_path / name).mkdir(exist_ok=True)
         words = [sys.executable, "-m", "stabletrain", *given, *more]
-        environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-        done = subprocess.run(words, cwd=tmp_path / name, env=environment, capture_output=True, timeout=300)
-        return done.returncode
+        return run(words, tmp_path / name).returncode
 
     def end(name: str) -> dict[str, Any]:
         summary = json.loads((tmp_path / name / "runs" / "a" / "summary.json").read_text())
         return {key: summary[key] for key in ("status", "updates", "steps", "rejected", "metrics")}
 
-    assert run("killed", *fault) == -signal.SIGKILL
-    assert run("killed", *fault) == 0
-    assert run("calm") == 0
+    assert ended("killed", *fault) == -signal.SIGKILL
+    assert ended("killed", *fault) == 0
+    assert ended("calm") == 0
     assert end("killed") == end("calm")

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-import stabletrain
+from processes import started
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import AppendedFile, RunFolder, json_text, write_whole
 
@@ -45,19 +44,11 @@ while True:
 """
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
-
-
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a script of its own and wait for its first line."""
-    words = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True, env=ENVIRONMENT)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill the process and all that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+@contextmanager
+def script(text: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Start a script of its own."""
+    with started([sys.executable, "-c", text, *map(str, arguments)], stdout=subprocess.PIPE) as process:
+        yield process
 
 
 @contextmanager
@@ -85,10 +76,9 @@ def test_write_whole_killed_at_any_moment(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     chance = random.Random(0)
     for _ in range(12):
-        process = start(REPLACE, path)
-        assert process.stdout is not None and process.stdout.readline() == "begins\n"
-        time.sleep(0.01 + 0.05 * chance.random())
-        end(process)
+        with script(REPLACE, path) as process:
+            assert process.stdout is not None and process.stdout.readline() == "begins\n"
+            time.sleep(0.01 + 0.05 * chance.random())
         if path.exists():
             lines = path.read_text().splitlines()
             assert len(lines) == 20000 and len(set(lines)) == 1
@@ -125,14 +115,13 @@ def test_appended_file_takes_back_what_does_not_fit(tmp_path: Path) -> None:
 
 def test_second_trainer_is_refused_with_folder_and_pid(tmp_path: Path) -> None:
     """Another process can't have the folder until the first one is gone, even by kill -9."""
-    process = start(HOLD, tmp_path / "runs" / "a", "alone")
-    assert process.stdout is not None
-    pid = process.stdout.readline().strip()
-    with pytest.raises(ConfigurationError) as caught:
-        RunFolder(tmp_path / "runs" / "a")
-    assert str(tmp_path / "runs" / "a") in str(caught.value) and f"process {pid}" in str(caught.value)
-    RunFolder(tmp_path / "runs" / "b").close()
-    end(process)
+    with script(HOLD, tmp_path / "runs" / "a", "alone") as process:
+        assert process.stdout is not None
+        pid = process.stdout.readline().strip()
+        with pytest.raises(ConfigurationError) as caught:
+            RunFolder(tmp_path / "runs" / "a")
+        assert str(tmp_path / "runs" / "a") in str(caught.value) and f"process {pid}" in str(caught.value)
+        RunFolder(tmp_path / "runs" / "b").close()
     with RunFolder(tmp_path / "runs" / "a") as folder:
         assert (folder.path / ".lock").read_text() == f"{os.getpid()}\n"
 
@@ -146,14 +135,13 @@ def test_second_trainer_in_the_same_process_is_refused(tmp_path: Path) -> None:
 
 def test_forked_workers_do_not_hold_the_lock(tmp_path: Path) -> None:
     """A worker that outlives its killed trainer doesn't keep the folder."""
-    process = start(HOLD, tmp_path, "forks")
-    assert process.stdout is not None and process.stdout.readline()
-    with pytest.raises(ConfigurationError, match="in use"):
-        RunFolder(tmp_path)
-    process.kill()
-    process.wait()
-    limit = time.monotonic() + 20.0
-    try:
+    with script(HOLD, tmp_path, "forks") as process:
+        assert process.stdout is not None and process.stdout.readline()
+        with pytest.raises(ConfigurationError, match="in use"):
+            RunFolder(tmp_path)
+        process.kill()
+        process.wait()
+        limit = time.monotonic() + 20.0
         while True:
             try:
                 RunFolder(tmp_path).close()
@@ -161,8 +149,6 @@ def test_forked_workers_do_not_hold_the_lock(tmp_path: Path) -> None:
             except ConfigurationError:  # the worker gives the lock up as soon as it runs at all
                 assert time.monotonic() < limit
                 time.sleep(0.05)
-    finally:
-        end(process)
 
 
 @pytest.mark.parametrize("place", ["below a file", "in proc"])

@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 from dataclasses import replace
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import incident_cases
 from incident_cases import BAD_STEP, BATCH, Case, bits, make, poison, record, steps
+from processes import run
 from stabletrain import ConfigurationError
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.fault import Fault, NanBuffer, NanGradient, NanLoss, NoFault, Spike
@@ -52,10 +52,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[dict[
     folder = tmp_path_factory.mktemp("incidents")
     found = {case: record(case, folder / str(number)) for number, case in enumerate(CASES)}
     command = [sys.executable, incident_cases.__file__, *(str(path) for path, _ in found.values())]
-    source = str(Path(__file__).parents[1] / "src")
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": source}, cwd=folder, timeout=300
-    )
+    done = run(command, folder)
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout.strip().splitlines()[-1])
     return {case: (facts, one) for (case, (_, facts)), one in zip(found.items(), again, strict=True)}
@@ -424,9 +421,7 @@ assert store.record(incident(3)) is not None
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120
-    )
+    done = run([sys.executable, "-c", FULL, str(tmp_path)], environment=environment)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path / "incidents")) == ["000000001", "000000003"]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from processes import run
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = SOURCE / "stabletrain"
@@ -148,10 +148,8 @@ def test_a_right_import_passes(module: str, source: str) -> None:
 def loaded_by(statement: str) -> set[str]:
     """Return the top-level modules that are loaded after `statement` ran in a fresh process."""
     program = f"import sys\n{statement}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True, timeout=120
-    )
+    done = run([sys.executable, "-c", program])
+    assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
 

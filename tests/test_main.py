@@ -13,17 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import stabletrain
+from processes import run, started
 from stabletrain.__main__ import main
 
 SMALL = ["experiment=tabular", "epochs=1", "batch_size=128", "tracking=none", "device=cpu"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
-def command(*words, folder, **options):
+def command(*words, folder):
     given = [sys.executable, "-m", "stabletrain", *words]
-    options = {"capture_output": True, "text": True, "timeout": 240, **options}
-    return subprocess.run(given, cwd=folder, env=ENVIRONMENT, check=False, **options)
+    return run(given, folder)
 
 
 def message(capsys):
@@ -67,9 +65,7 @@ def test_help_imports_no_torch_and_is_of_use(tmp_path):
         "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "assert 'torch' not in sys.modules and 'sklearn' not in sys.modules"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, check=False, capture_output=True, text=True
-    )
+    ran = run([sys.executable, "-c", code], tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
     for said in (
         "precision: bf16, fp16, fp16_conservative, fp32, tf32",
@@ -254,18 +250,16 @@ def test_a_signal_is_code_75_and_the_same_command_continues(tmp_path):
     words = ["experiment=tabular", "epochs=100000", "name=long", "device=cpu"]
     begun = tmp_path / "runs" / "long" / "history.csv"
     given = [sys.executable, "-m", "stabletrain", *words]
-    with subprocess.Popen(
-        given, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    ) as run:
+    with started(given, tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         until = time.monotonic() + 120
         while not (begun.is_file() and len(begun.read_text().splitlines()) > 1):
             assert time.monotonic() < until
             time.sleep(0.05)
-        run.send_signal(signal.SIGTERM)
-        _, error = run.communicate(timeout=120)
-    assert run.returncode == 75
-    assert b"SIGTERM" in error
-    assert error.count(b"stabletrain:") == 1
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "SIGTERM" in error
+    assert error.count("stabletrain:") == 1
     summary = json.loads((begun.parent / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     epochs = len(begun.read_text().splitlines()) + 2

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from processes import ENVIRONMENT, started
 from rank_cases import Training, run_training
 from ranks import run_ranks
 from stabletrain.checkpoint import CheckpointStore
@@ -173,3 +178,34 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match=r"parallel=none under a launcher with 2 processes.*parallel=ddp"):
         SingleProcess().join(torch.device("cpu"))
+
+
+MEETS = """
+import os, sys, time
+import torch, torch.distributed as dist
+from stabletrain.parallel import DataParallel
+time.sleep(float(sys.argv[1]))
+group = DataParallel(timeout_minutes=0.5)
+group.join(torch.device("cpu"))
+total = torch.ones(())
+dist.all_reduce(total)
+print(int(total), flush=True)
+if sys.argv[2] == "dies":
+    os.kill(os.getpid(), 9)
+group.leave()
+"""
+
+
+def test_ranks_that_are_started_again_do_not_meet_those_that_died() -> None:
+    """Torchrun keeps its store over restarts, with the addresses of the processes before in it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for attempt, late in enumerate((0, 1, 0)):
+        with ExitStack() as stack:
+            ranks = []
+            for rank in range(2):
+                variables = {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+                environment = {**ENVIRONMENT, **launcher, **variables, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+                words = [sys.executable, "-c", MEETS, "2" if rank == late else "0", "dies" if attempt < 2 else "ends"]
+                ranks.append(stack.enter_context(started(words, environment=environment, stdout=subprocess.PIPE)))
+            assert [process.communicate(timeout=60)[0] for process in ranks] == ["2\n", "2\n"]

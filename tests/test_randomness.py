@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from processes import run
 from stabletrain.randomness import key, keyed, keyed_all
 
 PARTS = st.lists(st.one_of(st.integers(), st.text(max_size=5)), min_size=1, max_size=4).map(tuple)
@@ -28,7 +28,7 @@ def test_keys_are_equal_for_equal_parts_only(first: tuple[int | str, ...], secon
 def test_a_key_is_the_same_in_another_process() -> None:
     code = "from stabletrain.randomness import key; print(key(3, 'order', 7))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "123"}
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    other = run([sys.executable, "-c", code], environment=environment)
     assert int(other.stdout) == key(3, "order", 7)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from installation import Installation
+from processes import run, started
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text()
@@ -115,9 +116,7 @@ def test_several_processes(command: str, installed: Installation, tmp_path: Path
 def test_the_targets_of_make(command: str) -> None:
     """What make would do, without doing it: `make test` is what runs this test, and the rest is run elsewhere."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    done = subprocess.run(
-        [*shlex.split(command), "--dry-run"], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = run([*shlex.split(command), "--dry-run"], PROJECT, environment)
     assert done.returncode == 0, done.stderr
     expected = {
         "test": "-m pytest",
@@ -188,17 +187,9 @@ def test_tensorboard_shows_a_run(installed: Installation, tmp_path: Path) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", str(port), "--host", "127.0.0.1"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    words = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", str(port), "--host", "127.0.0.1"]
+    with started(words, tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         assert "shown" in _runs(port)
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
 
 
 def _runs(port: int) -> list[str]:

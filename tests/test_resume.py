@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+from processes import run, started
 
 COMMAND = [
     *(sys.executable, "-m", "stabletrain", "+experiment=tabular", "preset=stable", "name=run", "epochs=12"),
@@ -20,14 +23,21 @@ COMMAND = [
 ]
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+@contextmanager
+def training(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen([*COMMAND, *more], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with started([*COMMAND, *more], folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        yield process
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     _, errors = process.communicate(timeout=120)
     return process.returncode, errors
+
+
+def trained(folder: Path, *more: str) -> tuple[int, str]:
+    with training(folder, *more) as process:
+        return finish(process)
 
 
 def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -38,7 +48,7 @@ def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> 
         if table.exists() and table.read_bytes().count(b"\n") > count:
             return
         time.sleep(0.002)
-    raise AssertionError(f"the run ended or stood still before step {count}: {finish(process)}")
+    raise AssertionError(f"the run ended or stood still before step {count}: {process.poll()}")
 
 
 def result(folder: Path) -> tuple[dict[str, object], bytes, bytes]:
@@ -72,17 +82,17 @@ def assert_same(one: object, other: object, place: str = "state") -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert finish(start(folder)) == (0, "")
+    assert trained(folder) == (0, "")
     return folder
 
 
 def test_killed_twice_in_mid_epoch_it_ends_at_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     for rows in (8, 57):
-        process = start(tmp_path)
-        wait_for_steps(tmp_path, rows, process)
-        process.send_signal(signal.SIGKILL)
-        assert finish(process)[0] == -signal.SIGKILL
-    assert finish(start(tmp_path))[0] == 0
+        with training(tmp_path) as process:
+            wait_for_steps(tmp_path, rows, process)
+            process.send_signal(signal.SIGKILL)
+            assert finish(process)[0] == -signal.SIGKILL
+    assert trained(tmp_path)[0] == 0
     for one, other in zip(result(undisturbed), result(tmp_path), strict=True):
         assert_same(one, other)
 
@@ -91,37 +101,35 @@ def test_killed_twice_in_mid_epoch_it_ends_at_the_same_bits(undisturbed: Path, t
 def test_a_signal_saves_and_the_same_command_continues(
     undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = start(tmp_path)
-    wait_for_steps(tmp_path, 23, process)
-    process.send_signal(number)
-    code, errors = finish(process)
+    with training(tmp_path) as process:
+        wait_for_steps(tmp_path, 23, process)
+        process.send_signal(number)
+        code, errors = finish(process)
     assert code == 75, errors
     assert f"{number.name} at epoch" in errors
     assert "Traceback" not in errors
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
-    assert finish(start(tmp_path))[0] == 0
+    assert trained(tmp_path)[0] == 0
     for one, other in zip(result(undisturbed), result(tmp_path), strict=True):
         assert_same(one, other)
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    first = start(tmp_path, "epochs=400")
-    wait_for_steps(tmp_path, 3, first)
-    code, errors = finish(start(tmp_path, "epochs=400"))
+    with training(tmp_path, "epochs=400") as first:
+        wait_for_steps(tmp_path, 3, first)
+        code, errors = trained(tmp_path, "epochs=400")
+        assert first.poll() is None
     assert code == 2
     assert "is in use by another trainer" in errors
     assert str(first.pid) in errors
     assert len(errors.strip().splitlines()) == 1
-    assert first.poll() is None
-    os.kill(first.pid, signal.SIGKILL)
-    finish(first)
 
 
 def test_the_main_job_learns_the_digits(tmp_path: Path) -> None:
     """The bar of the preset `safe`: at least 96 % of the test digits, all of 120 epochs, no step rejected."""
     command = [sys.executable, "-m", "stabletrain", "+preset=safe", "name=digits", "tracking.progress=none"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "0 of 4680 steps were rejected"
     summary = json.loads((tmp_path / "runs" / "digits" / "summary.json").read_text())

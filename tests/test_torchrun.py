@@ -9,60 +9,42 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
+
+from processes import ENVIRONMENT, started
 
 LIMIT = 150.0  # seconds for a launch
 DATA = ["experiment=tabular", "epochs=3", "batch_size=16", "log_every=1", "tracking.tensorboard=false"]
 COMMAND = [*DATA, "preset=stable", "parallel=ddp", "checkpoint_every_updates=5"]
 
 
-def launch(folder: Path, words: Sequence[str], *options: str) -> subprocess.Popen[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(
-        [*torchrun, "-m", "stabletrain", *words],
-        cwd=folder,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @contextmanager
 def launched(folder: Path, words: Sequence[str], *options: str) -> Iterator[subprocess.Popen[str]]:
-    process = launch(folder, words, *options)
-    try:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    surroundings = {name: value for name, value in ENVIRONMENT.items() if name not in ("RANK", "WORLD_SIZE")}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with started([*torchrun, "-m", "stabletrain", *words], folder, surroundings, **output) as process:
         yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=LIMIT)
+    return process.returncode, said
 
 
 def run(folder: Path, words: Sequence[str], *options: str) -> tuple[int, str]:
     with launched(folder, words, *options) as process:
-        said, _ = process.communicate(timeout=LIMIT)
-        return process.returncode, said
+        return finish(process)
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
     """Return the process numbers of the ranks, in their order."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except (OSError, ValueError, IndexError):
-            continue
-        ranks = [int(item.removeprefix(b"RANK=")) for item in variables if item.startswith(b"RANK=")]
-        if parent == process.pid and ranks:
-            found.append((ranks[0], int(entry.name)))
-    return [number for _, number in sorted(found)]
+    children = [(child.environ().get("RANK"), child.pid) for child in psutil.Process(process.pid).children()]
+    return [number for _, number in sorted((int(rank), number) for rank, number in children if rank is not None)]
 
 
 def wait_for_checkpoint(folder: Path, updates: int) -> None:
@@ -98,8 +80,8 @@ def test_a_signal_at_one_rank_saves_once_and_ends_all(undisturbed: Path, tmp_pat
     with launched(tmp_path, words) as process:
         wait_for_checkpoint(tmp_path / "runs/stopped", 5)
         os.kill(workers(process)[1], signal.SIGTERM)
-        said, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode != 0
+        code, said = finish(process)
+    assert code != 0
     assert said.count("SIGTERM (at process 1)") == 1, said
     assert said.count("exitcode  : 75") + said.count("exitcode: 75") >= 1, said
     summary = json.loads((tmp_path / "runs/stopped/summary.json").read_text())
@@ -120,8 +102,8 @@ def test_a_rank_that_is_killed_costs_no_more_than_the_way_from_the_last_checkpoi
             assert time.monotonic() < end
             time.sleep(0.02)
         os.kill(workers(process)[1], signal.SIGKILL)
-        said, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, said
+        code, said = finish(process)
+    assert code == 0, said
     [run_folder] = (tmp_path / "runs").iterdir()  # the same one after the restart
     [whole] = (undisturbed / "runs").iterdir()
     assert tables(run_folder) == tables(whole)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-import stabletrain
+from processes import run
 
 PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "torture.py"
 
 
 def test_nothing_is_lost() -> None:
     command = [sys.executable, str(PROGRAM), "--runs", "4", "--saves", "2", "--regions", "24", "--truncations", "6"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {what: int(count) for what, count in re.findall(r"\| ([\w ]+ \| [\w ]+) \| (\d+) \|", done.stdout)}
     assert found["killed | kills"] >= found["killed | runs"] == 4

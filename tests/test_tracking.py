@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (  # t
 )
 from tensorboard.plugins.hparams import plugin_data_pb2  # type: ignore[import-untyped]
 
-import stabletrain
+from processes import run
 from stabletrain import __version__
 from stabletrain.errors import ConfigurationError
 from stabletrain.state import Progress
@@ -128,13 +128,9 @@ tracker.close()
 """
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(stabletrain.__file__).parents[1])}
-
-
 def script(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a script of its own, which must succeed."""
-    words = [sys.executable, "-c", text, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    done = run([sys.executable, "-c", text, *map(str, arguments)])
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -553,7 +549,7 @@ def test_bar_in_a_terminal_and_lines_elsewhere(terminal: bool) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     words = [sys.executable, "-c", TERMINAL]
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60, env=ENVIRONMENT)
+    done = run(words, stderr=theirs)
     os.close(theirs)
     shown = b""
     try:
@@ -572,10 +568,9 @@ def test_closed_output_does_not_stop_training() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     words = [sys.executable, "-u", "-c", text]
-    process = subprocess.Popen(words, stdout=writer, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    done = run(words, stdout=writer)
     os.close(writer)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said.decode()
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ make the same calls in the same order, or all of them wait for ever.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -144,13 +147,63 @@ def first_to_say(name: str, value: str) -> str:
     Raises:
         ConfigurationError: the launcher offers no place to say it.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not started_by_torchrun():
         raise ConfigurationError(
             "several processes were started without torchrun, so they can't agree on the run's name: give name=<own>"
         )
+    return bytes(_torchruns_store().compare_set(name, "", value)).decode()
+
+
+def store_of_this_attempt(rank: int, size: int, timeout: timedelta) -> Any:
+    """Return a place in torchrun's store where only the processes that run now meet.
+
+    Torchrun keeps its store when it starts the processes anew, with the addresses of those before in it, and how often
+    it did so isn't the same number on each machine (https://github.com/pytorch/pytorch/issues/135712). Whoever connects
+    to such an address fails or waits for ever. Here each process says a name that nobody had before, and the first one
+    invites the owners of the names it finds, until all have come.
+
+    Args:
+        rank: of this process.
+        size: number of processes.
+        timeout: how long they wait for each other.
+
+    Raises:
+        RuntimeError: somebody did not come in time.
+    """
+    store = _torchruns_store(timeout)
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"here/{rank}", own)
+        place = bytes(store.get(f"invitation/{own}")).decode()
+        store.set(f"{place}/came/{rank}", "")
+        return _within(place, store)
+    end, missing, invited = time.monotonic() + timeout.total_seconds(), set(range(1, size)), set()
+    while missing:
+        for other in sorted(missing):
+            name = bytes(store.get(f"here/{other}")).decode() if store.check([f"here/{other}"]) else None
+            if name is not None and name not in invited:
+                store.set(f"invitation/{name}", own)
+                invited.add(name)
+        missing = {other for other in missing if not store.check([f"{own}/came/{other}"])}
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"process 0 has waited {timeout} for processes {sorted(missing)[:8]} of {size}")
+        time.sleep(0.005)
+    return _within(own, store)
+
+
+def started_by_torchrun() -> bool:
+    """Return whether the launcher offers its store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _within(place: str, store: Any) -> Any:
+    return dist.PrefixStore(place, store)  # type: ignore[attr-defined]  # as below
+
+
+def _torchruns_store(timeout: timedelta = timedelta(minutes=5)) -> Any:
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*place, is_master=False)  # type: ignore[attr-defined]  # public, but not in its list of names
-    return bytes(store.compare_set(name, "", value)).decode()
+    # Public, but not in torch's list of names.
+    return dist.TCPStore(*place, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
 
 
 def ranks_of(modules: Iterable[nn.Module]) -> Ranks:

@@ -9,13 +9,14 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stabletrain.collectives import Ranks
+from stabletrain.collectives import Ranks, started_by_torchrun, store_of_this_attempt
 from stabletrain.errors import ConfigurationError
 
 
@@ -102,11 +103,13 @@ class _Group(SingleProcess):
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            if "RANK" in os.environ:
-                dist.init_process_group(backend, timeout=self._timeout)
-            else:
+            rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            store: Any = None  # torch finds one by what the environment says
+            if size == 1:
                 store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in its list of names
-                dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=self._timeout)
+            elif started_by_torchrun():
+                store = store_of_this_attempt(rank, size, self._timeout)
+            dist.init_process_group(backend, timeout=self._timeout, store=store, rank=rank, world_size=size)
             self._began_group = True
         self.ranks = Ranks(dist.group.WORLD)
         self._device = device
