@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stabletrain.assembly import assemble, fit
+    from stabletrain.doctor import Diagnosis, diagnose
     from stabletrain.errors import ConfigurationError, Interrupted, UnstableTraining
     from stabletrain.export import load_model
     from stabletrain.guard import Policy, StepGuard, Verdict
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "assemble": "stabletrain.assembly",
     "fit": "stabletrain.assembly",
+    "Diagnosis": "stabletrain.doctor",
+    "diagnose": "stabletrain.doctor",
     "ConfigurationError": "stabletrain.errors",
     "Interrupted": "stabletrain.errors",
     "UnstableTraining": "stabletrain.errors",
@@ -34,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "ConfigurationError",
+    "Diagnosis",
     "Interrupted",
     "Policy",
     "Run",
@@ -43,6 +47,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "assemble",
+    "diagnose",
     "fit",
     "load_model",
     "train",
