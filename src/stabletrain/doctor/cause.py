@@ -19,6 +19,7 @@ from stabletrain.doctor.diagnosis import Cause, Confidence
 from stabletrain.doctor.samples import chosen
 from stabletrain.doctor.trace import Origin, Traced
 from stabletrain.incident.statistics import named_tensors
+from stabletrain.quarantine import what_is_odd
 
 Finding = tuple[Cause, Confidence, str]
 
@@ -65,7 +66,7 @@ class Facts:
     @property
     def odd(self) -> tuple[str, ...]:
         """What is odd about each sample, in words."""
-        return tuple(_odd(self, sample) for sample in self.samples)
+        return tuple(what_is_odd(chosen(self.batch, self.count, [sample])) for sample in self.samples)
 
 
 def classify(facts: Facts) -> tuple[Cause, Confidence, tuple[str, ...]]:
@@ -262,18 +263,6 @@ def _range(batch: Any, count: int, samples: Sequence[int]) -> dict[str, float]:
         if tensor.is_floating_point() and tensor.numel() > 0:
             found[name] = float(tensor.detach().abs().nan_to_num(0.0, math.inf, math.inf).max())
     return found
-
-
-def _odd(facts: Facts, sample: int) -> str:
-    said = []
-    for name, tensor in named_tensors(chosen(facts.batch, facts.count, [sample])):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            said.append(f"{bad} of {tensor.numel()} values of {name or 'it'} are NaN or Inf")
-    if not said and _is_huge(facts) is not None:
-        largest = _range(facts.batch, facts.count, [sample])
-        said = [f"{name or 'it'} reaches {value:.3g}" for name, value in largest.items() if value > 1e3]
-    return "; ".join(said)
 
 
 def _badly_scaled(modules: Sequence[nn.Module]) -> str | None:

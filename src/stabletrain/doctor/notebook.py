@@ -63,7 +63,7 @@ def diagnose(model: nn.Module, loss: Loss, batch: Any, *, time_limit: float = 60
             return Diagnosis(reproduced="yes", cause=None, seconds=time.monotonic() - begun)
         count = count_of(batch)
         samples: list[int] = []
-        if count > 1 and _may_be_samples(traced):
+        if count > 1 and traced.may_be_samples:
 
             def is_bad(some: Sequence[int]) -> bool:
                 if time.monotonic() - begun > time_limit:
@@ -71,7 +71,8 @@ def diagnose(model: nn.Module, loss: Loss, batch: Any, *, time_limit: float = 60
                 return trials.is_bad(chosen(batch, count, some))
 
             with suppress(TimeoutError):
-                samples = guilty(is_bad, count, _hints(traced, count))
+                hints = next((origin.rows for origin in traced.origins if origin.has_rows_of(count)), ())
+                samples = guilty(is_bad, count, hints)
         facts = Facts(traced=traced, batch=batch, count=count, samples=samples, modules=trials.modules)
         cause, confidence, evidence = classify(facts)
         remedies = code_remedies(trials, batch, traced, cause, samples, count, begun + time_limit)
@@ -182,18 +183,6 @@ def _modules_in(loss: Loss) -> Iterator[nn.Module]:
     for item in found:
         if isinstance(item, nn.Module):
             yield item
-
-
-def _may_be_samples(traced: Traced) -> bool:
-    return not (traced.origins and all(origin.kind in ("parameter", "buffer") for origin in traced.origins))
-
-
-def _hints(traced: Traced, count: int) -> list[int]:
-    """Rows of what went bad first, where it has one a sample."""
-    for origin in traced.origins:
-        if origin.output.get("shape", [0])[:1] == [count] and 0 < len(origin.rows) < count:
-            return list(origin.rows)
-    return []
 
 
 def _of_error(error: Exception) -> Diagnosis | None:

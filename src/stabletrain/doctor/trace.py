@@ -87,6 +87,10 @@ class Origin:
     made_of: tuple[tuple[str, ...], ...] = ()
     written: bool = False
 
+    def has_rows_of(self, count: int) -> bool:
+        """Whether the output has one entry a sample along its first dimension, and some of them are finite."""
+        return self.output.get("shape", [0])[:1] == [count] and 0 < len(self.rows) < count
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
@@ -105,6 +109,11 @@ class Traced:
     operations: int
     losses: tuple[float, ...]
     error: Exception | None = None
+
+    @property
+    def may_be_samples(self) -> bool:
+        """Whether a sample may be to blame: not where a parameter or buffer was bad before."""
+        return not self.origins or any(origin.kind not in ("parameter", "buffer") for origin in self.origins)
 
     @property
     def operation(self) -> Operation | None:

@@ -1,0 +1,89 @@
+"""Overrides that may help, tried on the replay of a step and on the updates that follow it.
+
+They are tried in the order in which people try them: precision, data, loss, learning rate and clipping, augmentation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stabletrain.doctor.diagnosis import Remedy
+from stabletrain.doctor.replaying import Replay, run_of
+from stabletrain.errors import ConfigurationError
+from stabletrain.folder import json_text, write_whole
+from stabletrain.incident import Incident
+
+UPDATES = 10  # that follow the step
+
+
+def tried_remedies(incident: Incident, folder: Path, indices: Sequence[int], end: float) -> tuple[Remedy, ...]:
+    """Try one change after another, until the time is over.
+
+    Args:
+        incident: what happened.
+        folder: where a list of samples to leave out is put.
+        indices: the samples to blame, in the data set.
+        end: by `time.monotonic`; nothing is begun after it.
+
+    Returns:
+        What was tried, whether it held or not.
+    """
+    found = []
+    for group, override in candidates(incident, folder, indices):
+        if time.monotonic() > end:
+            break
+        found.append(_tried(incident, group, override, indices, end))
+    return tuple(found)
+
+
+def candidates(incident: Incident, folder: Path, indices: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the override of each change that differs from what the run had."""
+    settings = incident.settings
+    dtype = str(settings.get("precision", {}).get("dtype", "float32"))
+    if dtype == "float16":
+        yield "precision", "precision=fp16_conservative"
+        yield "precision", "precision=bf16"
+    if dtype != "float32":
+        yield "precision", "precision=fp32"
+    if indices:
+        path = folder / "bad_samples.json"
+        write_whole(path, json_text({"indices": list(indices)}))
+        yield "data", f"guard.quarantine={path}"
+    if settings.get("loss_mode") == "as_is":
+        yield "loss", "loss_mode=smoothed"
+    if settings.get("loss_mode") != "plain":
+        yield "loss", "loss_mode=plain"
+    for rate in rates(incident):
+        yield "learning rate and clipping", f"optimizer.lr={rate:g}"
+    limit = settings.get("clipping", {}).get("max_norm")
+    if limit is None or limit > 0.5:
+        yield "learning rate and clipping", "clipping=norm_strict"
+    if not str(settings.get("augmentation", {}).get("_target_", "")).endswith("Unchanged"):
+        yield "augmentation", "augmentation=none"
+
+
+def rates(incident: Incident) -> list[float]:
+    """Return the learning rates to try, by when it happened: the earlier, the smaller.
+
+    In the first epochs 1e-5, 5e-6 and 1e-6; later 5e-5 and 1e-5; each only if it is below the run's own.
+    """
+    rate = float(incident.settings.get("optimizer", {}).get("lr", 0.0))
+    early = incident.position.get("epoch", 0) < 3
+    steps = [1e-5, 5e-6, 1e-6] if early else [5e-5, 1e-5]
+    return [step for step in steps if step < rate]
+
+
+def _tried(incident: Incident, group: str, override: str, indices: Sequence[int], end: float) -> Remedy:
+    rate = float(override.partition("=")[2]) if override.startswith("optimizer.lr=") else None
+    try:
+        given = [] if group == "data" or rate is not None else [override]
+        with run_of(incident, given) as (run, at_hand):
+            replay = Replay(run, incident)
+            leave_out = set(indices) if group == "data" else set()
+            without = [place for place, index in enumerate(replay.indices()) if index in leave_out]
+            held, done = replay.goes_on(UPDATES, at_hand, end, rate=rate, without=without)
+    except (ConfigurationError, RuntimeError, ValueError) as error:
+        return Remedy(override=override, held=False, tried_updates=0, detail=str(error).splitlines()[0], group=group)
+    return Remedy(override=override, held=held, tried_updates=done, group=group)

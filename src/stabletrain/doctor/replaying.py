@@ -1,0 +1,221 @@
+"""A step of a run, from its incident: what the doctor looks at and tries."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabletrain.augmentation import Unchanged
+from stabletrain.build import PartFailed, build
+from stabletrain.config.changed import changed
+from stabletrain.data import Microbatch, Splits
+from stabletrain.doctor.samples import chosen, guilty
+from stabletrain.doctor.trace import Traced, first_bad, trace
+from stabletrain.errors import ConfigurationError
+from stabletrain.incident import Incident
+from stabletrain.incident.statistics import named_tensors
+from stabletrain.optimizer import set_learning_rate
+from stabletrain.trainer.replay import at_incident
+from stabletrain.trainer.run import Run, Step
+from stabletrain.trainer.salvage import bad_inputs
+from stabletrain.trainer.step import forward_backward
+
+QUIET = ("tracking=none", "checkpoint=none", "parallel=none")
+
+
+class IncidentData(torch.utils.data.Dataset[Any]):
+    """Stands in for data that isn't at hand: it is never read, since the incident holds what the step saw."""
+
+    def __len__(self) -> int:
+        """Return a length that any batch fits into."""
+        return 1 << 20
+
+    def __getitem__(self, index: int) -> Any:
+        """Refuse."""
+        raise RuntimeError("the data of this run isn't at hand")
+
+
+def incident_data() -> Splits:
+    """Build the stand-in, as an option of the group `data`."""
+    return Splits(train=IncidentData(), validation=None)
+
+
+@contextmanager
+def run_of(incident: Incident, overrides: Sequence[str] = ()) -> Iterator[tuple[Run, bool]]:
+    """Build the run that an incident is of, in a folder that goes away, and say whether its data is at hand.
+
+    Raises:
+        ConfigurationError: the incident holds no settings, or they can't be built.
+    """
+    if not incident.settings:
+        raise ConfigurationError(
+            "the incident holds no settings, as it is of a run that was put together in Python; give "
+            "stabletrain.diagnose the model, the loss and the batch."
+        )
+    values = {**changed(incident.settings, [*QUIET, *overrides]), "resume": "never", "init_from": None}
+    with tempfile.TemporaryDirectory() as folder:
+        at_hand = True
+        try:
+            run = build(values, Path(folder, "run"))
+        except (ConfigurationError, PartFailed, OSError):
+            at_hand = False
+            stand_in = {"_target_": "stabletrain.doctor.replaying.incident_data"}
+            run = build({**values, "data": stand_in}, Path(folder, "again"))
+        try:
+            yield run, at_hand
+        finally:
+            if run.folder is not None:
+                run.folder.close()
+
+
+@dataclass
+class Replay:
+    """What can be done with the step of an incident; each time it begins from the state before it.
+
+    Args:
+        run: built from the incident's settings.
+        incident: what happened.
+    """
+
+    run: Run
+    incident: Incident
+
+    def traced(self) -> Traced:
+        """Run it under the trace."""
+        run = self.run
+        with at_incident(run, self.incident) as step:
+            names = [
+                (f"{number}.{name}" if len(step.microbatches) > 1 else name, tensor)
+                for number, microbatch in enumerate(step.microbatches)
+                for name, tensor in named_tensors(microbatch.data)
+            ]
+            return trace(lambda: self._losses(step), [run.model], names)
+
+    def samples(self, traced: Traced, end: float) -> list[int]:
+        """Find the samples to blame, as places among all of the step's."""
+        with at_incident(self.run, self.incident) as step:
+            indices = step.indices()
+            known = {*bad_inputs(step.microbatches), *(entry["index"] for entry in self.incident.samples)}
+            hints = [place for place, index in enumerate(indices) if index in known]
+            if not hints and len(step.microbatches) == 1:
+                hints = next((list(o.rows) for o in traced.origins if o.has_rows_of(len(indices))), [])
+
+            def is_bad(places: Sequence[int]) -> bool:
+                if time.monotonic() > end:
+                    raise TimeoutError
+                return self.is_bad(_reduced(step, places))
+
+            try:
+                return guilty(is_bad, len(indices), hints)
+            except TimeoutError:
+                return []
+
+    def is_bad(self, step: Step) -> bool:
+        """Whether the guard would reject a step that begins here."""
+        self.run.guard.begin()
+        try:
+            losses = self._losses(step)
+        except (RuntimeError, ValueError, IndexError):  # too few samples for what the model does
+            self.run.guard.discard()
+            return False
+        if self.incident.kind == "validation":
+            bad = first_bad(losses, [self.run.model]) is not None
+            self.run.guard.discard()
+            return bad
+        return self.run.guard.attempt(losses, commit=False, alone=True).reason is not None
+
+    def indices(self) -> list[int]:
+        """Return the step's samples, as indices in the data set."""
+        return [index for indices in self.incident.indices for index in indices.tolist()]
+
+    def healthy_without_augmentation(self) -> bool:
+        """Whether there is an augmentation, and the step is healthy with the data as it is."""
+        if isinstance(self.run.augmentation, Unchanged):
+            return False
+        before, self.run.augmentation = self.run.augmentation, Unchanged()
+        try:
+            with at_incident(self.run, self.incident) as step:
+                return not self.is_bad(step)
+        finally:
+            self.run.augmentation = before
+
+    def goes_on(
+        self, updates: int, at_hand: bool, end: float, *, rate: float | None = None, without: Sequence[int] = ()
+    ) -> tuple[bool, int]:
+        """Apply the step and some that follow it, and put everything back.
+
+        Args:
+            updates: how many to try after the step.
+            at_hand: whether there is data for them.
+            end: by `time.monotonic`; nothing is begun after it.
+            rate: learning rate to use; None: the run's.
+            without: places of samples that the step leaves out.
+
+        Returns:
+            Whether all of them were healthy, and how many there were, the incident's included.
+        """
+        run = self.run
+        with at_incident(run, self.incident) as step:
+            if without:
+                step = _reduced(step, [place for place in range(len(step.indices())) if place not in set(without)])
+            if self.incident.kind == "validation":
+                return not self.is_bad(step), 0
+            if rate is not None:
+                for group in run.optimizer.param_groups:
+                    group["initial_lr"] = rate
+            done = 0
+            following = self._following(step, updates) if at_hand else iter(())
+            for current in (step, *following):
+                run.guard.begin()
+                losses = self._losses(current)
+                set_learning_rate(run.optimizer, run.schedule(run.progress.updates))
+                if run.guard.attempt(losses, commit=True).reason is not None:
+                    return False, done
+                run.progress.updates += 1
+                done += 1
+                if time.monotonic() > end:
+                    break
+            return True, done
+
+    def _following(self, step: Step, updates: int) -> Iterator[Step]:
+        loader = self.run.loader
+        if step.index + 1 >= loader.steps_per_epoch:
+            return
+        batches = loader.epoch(step.epoch, step.index + 1, self.run.quarantine.frozen)
+        for number, microbatches in zip(range(1, updates + 1), batches, strict=False):
+            yield replace(step, index=step.index + number, number=step.number + number, microbatches=microbatches)
+
+    def _losses(self, step: Step) -> list[Tensor]:
+        if self.incident.kind != "validation":
+            return forward_backward(self.run, step, alone=True)
+        run = self.run
+        run.model.eval()
+        losses = []
+        with torch.no_grad(), run.precision.autocast():
+            for microbatch in step.microbatches:
+                if len(microbatch.indices) > 0:
+                    output = run.task.step(run.model, microbatch.data)
+                    losses.append(output.loss_sum / max(float(output.weight), 1.0))
+        return losses
+
+
+def _reduced(step: Step, places: Sequence[int]) -> Step:
+    """The step with some of its samples only."""
+    kept, begin, microbatches = set(places), 0, []
+    for microbatch in step.microbatches:
+        count = len(microbatch.indices)
+        own = [place - begin for place in range(begin, begin + count) if place in kept]
+        begin += count
+        if len(own) < count:
+            data = chosen(microbatch.data, count, own) if own else None
+            microbatch = Microbatch(data, microbatch.indices[own])
+        microbatches.append(microbatch)
+    return replace(step, microbatches=microbatches)
