@@ -139,6 +139,8 @@ def _job(config: DictConfig, jobs: list[Job], codes: list[int], debug: bool) -> 
     except (Exception, KeyboardInterrupt) as error:
         _remove_empty(folder)
         codes.append(_report(error, debug or config.get("debug") is True))
+        if isinstance(error, UnstableTraining):
+            _say_why(folder, values["doctor"]["time_limit"])
         job.error = _message(error)[0]
         if in_sweep and isinstance(error, (Interrupted, KeyboardInterrupt)):
             raise _StopSweep from error
@@ -168,6 +170,20 @@ def _train(values: dict[str, Any], folder: Path, overrides: list[str], job: Job,
     codes.append(COMPLETED)
     job.read_summary()
     return job.value
+
+
+def _say_why(folder: Path, time_limit: float) -> None:
+    """Look into the incident that ended a run, and say in three lines where it was, in which samples, what to do."""
+    from stabletrain.doctor.after import diagnose_incident, latest_incident, three_lines
+
+    if time_limit == 0 or int(os.environ.get("RANK", "0")) > 0:
+        return
+    try:
+        incident = latest_incident(folder)
+        found = diagnose_incident(incident, time_limit=time_limit, all_remedies=False)
+        print("\n".join(three_lines(found, incident)), file=sys.stderr, flush=True)
+    except Exception as error:  # whatever it is, the run has ended before
+        print(f"stabletrain: no diagnosis: {error}", file=sys.stderr, flush=True)
 
 
 def _conclude(jobs: Sequence[Job], codes: Sequence[int]) -> int:

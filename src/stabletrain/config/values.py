@@ -70,6 +70,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "log_every": _whole(1),
     "debug": (lambda value: isinstance(value, bool), "true or false"),
     "optimizer.lr": _number(0),
+    "doctor.time_limit": _number(0),
 }
 
 

@@ -36,13 +36,13 @@ def latest_incident(run: Path | str) -> Path:
     return found[-1]
 
 
-def diagnose_incident(folder: Path | str, *, time_limit: float = 60.0, remedies: bool = True) -> Diagnosis:
+def diagnose_incident(folder: Path | str, *, time_limit: float = 60.0, all_remedies: bool = True) -> Diagnosis:
     """Find out why a step went bad, from its incident alone, and write `diagnosis.json` and `diagnosis.txt` beside it.
 
     Args:
         folder: `incidents/<step>` of a run.
         time_limit: seconds after which no more is tried.
-        remedies: whether to try what helps.
+        all_remedies: try all that may help; False: until one holds.
 
     Raises:
         ConfigurationError: the incident can't be read or replayed.
@@ -52,8 +52,8 @@ def diagnose_incident(folder: Path | str, *, time_limit: float = 60.0, remedies:
     with run_of(incident) as (run, _):
         replayed = replay(run, incident)
         found = _looked_into(Replay(run, incident), replayed, begun + time_limit / 2)
-    if remedies and found.cause is not None:
-        tried = tried_remedies(incident, folder, list(found.samples), begun + time_limit)
+    if found.cause not in (None, "not_reproducible"):
+        tried = tried_remedies(incident, folder, list(found.samples), begun + time_limit, all_remedies=all_remedies)
         found = _with(found, remedies=tried)
     found = _with(found, seconds=time.monotonic() - begun)
     write_whole(folder / DIAGNOSIS_NAME, json_text(found.content()))
@@ -80,6 +80,7 @@ def _looked_into(attempt: Replay, replayed: Replayed, end: float) -> Diagnosis:
         evidence=(_when(incident), *evidence, *differences),
         reached=traced.reached,
         operation=traced.operation,
+        source=traced.source,
         samples=[indices[place] for place in places],
         odd=facts.odd,
     )
@@ -133,11 +134,28 @@ def text(found: Diagnosis, incident: Incident, folder: Path) -> str:
     return f"{found}\ngo on with: {command(incident, folder, held.override)}"
 
 
+def three_lines(found: Diagnosis, folder: Path) -> list[str]:
+    """Return the short form, for the end of a run: where, which samples, what to do."""
+    samples = ", ".join(map(str, found.samples[:8])) + (" ..." if len(found.samples) > 8 else "")
+    held = next((remedy for remedy in found.remedies if remedy.held), None)
+    if held is not None:
+        advice = command(load_incident(folder), folder, held.override)
+    elif found.remedies:
+        advice = f"none of {len(found.remedies)} changes that were tried holds; see {folder / TEXT_NAME}"
+    else:
+        advice = f"python -m stabletrain doctor incident={folder}"
+    return [
+        f"where: {found.where()} (cause: {found.cause}, confidence {found.confidence})",
+        f"samples: {samples or 'none is to blame'}",
+        f"to do: {advice}",
+    ]
+
+
 def command(incident: Incident, folder: Path, override: str) -> str:
     """Return the command line that goes on with a run, with one more override."""
     recorded = folder.resolve().parents[1] / "overrides.yaml"
     given = yaml.safe_load(recorded.read_text()) if recorded.is_file() else []
-    key, name = override.partition("=")[0], incident.settings.get("name")
+    key, name = override.lstrip("+").partition("=")[0], incident.settings.get("name")
     kept = [word for word in given or [] if word.lstrip("+").partition("=")[0] not in (key, "name")]
     return shlex.join(["python", "-m", "stabletrain", *kept, f"name={name}", override])
 

@@ -81,6 +81,7 @@ class Diagnosis:
         evidence: what speaks for it, a sentence each.
         reached: what isn't finite: the loss, a gradient or a buffer, by name.
         operation: where it began; None where it came in from outside or nothing is known.
+        source: what held it before the step, where it came in from outside: `batch 0`, `parameter head.weight`.
         samples: to blame, in rising order: positions in the batch, or indices in the data set for an incident.
         odd: what is odd about each of them, in words.
         remedies: what was tried.
@@ -93,6 +94,7 @@ class Diagnosis:
     evidence: tuple[str, ...] = ()
     reached: str | None = None
     operation: Operation | None = None
+    source: str | None = None
     samples: tuple[int, ...] | list[int] = ()
     odd: tuple[str, ...] = ()
     remedies: tuple[Remedy, ...] = ()
@@ -118,6 +120,7 @@ class Diagnosis:
                 "inputs": list(operation.inputs),
                 "kernel": operation.kernel,
             },
+            "source": self.source,
             "samples": list(self.samples),
             "odd": list(self.odd),
             "remedies": [vars(remedy) for remedy in self.remedies],
@@ -130,8 +133,10 @@ class Diagnosis:
         """Say in one line where it began."""
         if self.cause is None:
             return "the step is healthy"
+        if self.operation is None and self.source is not None:
+            return f"{self.source} was not finite before the step"
         if self.operation is None:
-            return f"{self.reached or 'nothing'} is not finite" if self.reached else "no operation is to blame"
+            return f"{self.reached} is not finite" if self.reached else "everything is finite"
         way = "the backward pass of " if self.operation.in_backward else ""
         module = f" in {self.operation.module}" if self.operation.module else ""
         place = f" at {self.operation.file}:{self.operation.line}" if self.operation.line else ""

@@ -83,6 +83,7 @@ def diagnose(model: nn.Module, loss: Loss, batch: Any, *, time_limit: float = 60
         evidence=evidence,
         reached=traced.reached,
         operation=traced.operation,
+        source=traced.source,
         samples=samples,
         odd=facts.odd,
         remedies=remedies,

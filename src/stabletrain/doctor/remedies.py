@@ -18,7 +18,9 @@ from stabletrain.incident import Incident
 UPDATES = 10  # that follow the step
 
 
-def tried_remedies(incident: Incident, folder: Path, indices: Sequence[int], end: float) -> tuple[Remedy, ...]:
+def tried_remedies(
+    incident: Incident, folder: Path, indices: Sequence[int], end: float, *, all_remedies: bool = True
+) -> tuple[Remedy, ...]:
     """Try one change after another, until the time is over.
 
     Args:
@@ -26,13 +28,14 @@ def tried_remedies(incident: Incident, folder: Path, indices: Sequence[int], end
         folder: where a list of samples to leave out is put.
         indices: the samples to blame, in the data set.
         end: by `time.monotonic`; nothing is begun after it.
+        all_remedies: False: only until one holds.
 
     Returns:
         What was tried, whether it held or not.
     """
-    found = []
+    found: list[Remedy] = []
     for group, override in candidates(incident, folder, indices):
-        if time.monotonic() > end:
+        if time.monotonic() > end or (found and found[-1].held and not all_remedies):
             break
         found.append(_tried(incident, group, override, indices, end))
     return tuple(found)
@@ -50,7 +53,8 @@ def candidates(incident: Incident, folder: Path, indices: Sequence[int]) -> Iter
     if indices:
         path = folder / "bad_samples.json"
         write_whole(path, json_text({"indices": list(indices)}))
-        yield "data", f"guard.quarantine={path}"
+        added = "" if "quarantine" in settings.get("guard", {}) else "+"
+        yield "data", f"{added}guard.quarantine={path}"
     if settings.get("loss_mode") == "as_is":
         yield "loss", "loss_mode=smoothed"
     if settings.get("loss_mode") != "plain":

@@ -116,6 +116,12 @@ class Traced:
         return not self.origins or any(origin.kind not in ("parameter", "buffer") for origin in self.origins)
 
     @property
+    def source(self) -> str | None:
+        """What held it before the step; None where an operation made it."""
+        origin = self.origins[0] if self.origins else None
+        return None if origin is None or origin.kind == "operation" else f"{origin.kind} {origin.name}".strip()
+
+    @property
     def operation(self) -> Operation | None:
         """The first bad operation; None where it came in from outside."""
         origin = self.origins[0] if self.origins else None

@@ -1,0 +1,89 @@
+"""The doctor after an incident: of real runs, from the folder alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from processes import run
+from stabletrain.doctor.after import diagnose_incident, latest_incident
+from stabletrain.doctor.diagnosis import Diagnosis
+from stabletrain.errors import ConfigurationError
+
+SMALL = ["experiment=tabular", "device=cpu", "epochs=2", "tracking=quiet", "name=run"]
+
+
+def trained(folder: Path, *words: str) -> tuple[int, str]:
+    done = run([sys.executable, "-m", "stabletrain", *SMALL, *words], folder)
+    return done.returncode, done.stderr
+
+
+def diagnosed(folder: Path, words: Sequence[str]) -> Diagnosis:
+    code, said = trained(folder, *words)
+    assert code in (0, 3), said
+    return diagnose_incident(latest_incident(folder / "runs/run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["+fault=nan_input", "fault.at=4"], "data"),
+        (["+fault=nan_weight", "fault.at=4"], "weights"),
+    ],
+    ids=["input", "weight"],
+)
+def test_the_cause_of_a_rehearsed_fault_is_found(words: list[str], cause: str, tmp_path: Path) -> None:
+    found = diagnosed(tmp_path, [*words, "guard=skip"])
+    assert (found.reproduced, found.cause, found.confidence) == ("yes", cause, "high")
+    written = json.loads((latest_incident(tmp_path / "runs/run") / "diagnosis.json").read_text())
+    assert written["cause"] == cause and written["samples"] == list(found.samples)
+
+
+def test_a_moved_incident_is_enough(tmp_path: Path) -> None:
+    trained(tmp_path, "+fault=nan_input", "fault.at=4", "guard=skip")
+    alone = tmp_path / "elsewhere" / "000000004"
+    shutil.copytree(latest_incident(tmp_path / "runs/run"), alone)
+    shutil.rmtree(tmp_path / "runs")
+    found = diagnose_incident(alone)
+    assert (found.reproduced, found.cause) == ("yes", "data") and len(found.samples) == 1
+
+
+def test_the_printed_command_continues_without_the_bad_sample(tmp_path: Path) -> None:
+    code, said = trained(tmp_path, "+fault=nan_input", "fault.at=4", "guard=raise")
+    assert code == 3
+    lines = said.strip().splitlines()[-3:]
+    assert [line.partition(":")[0] for line in lines] == ["where", "samples", "to do"]
+    incident = latest_incident(tmp_path / "runs/run")
+    [sample] = json.loads((incident / "diagnosis.json").read_text())["samples"]
+    assert lines[1] == f"samples: {sample}"
+    words = shlex.split(lines[2].removeprefix("to do: "))
+    assert words[:3] == ["python", "-m", "stabletrain"]
+    again = run([sys.executable, *words[1:]], tmp_path)
+    assert again.returncode == 0, again.stderr
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
+    assert summary["status"] == "completed"
+
+
+def test_each_printed_remedy_was_tried(tmp_path: Path) -> None:
+    found = diagnosed(tmp_path, ["+fault=nan_input", "fault.at=4", "guard=skip", "precision=bf16"])
+    overrides = {remedy.override.partition("=")[0]: remedy for remedy in found.remedies}
+    assert {"precision", "guard.quarantine", "loss_mode", "optimizer.lr", "clipping"} <= overrides.keys()
+    held = overrides.pop("guard.quarantine")
+    assert held.held and held.tried_updates > 1
+    assert not any(remedy.held for remedy in overrides.values())
+
+
+def test_no_diagnosis_where_it_is_not_wanted(tmp_path: Path) -> None:
+    code, said = trained(tmp_path, "+fault=nan_input", "fault.at=4", "guard=raise", "doctor.time_limit=0")
+    assert code == 3 and "to do:" not in said
+
+
+def test_a_run_without_incidents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="holds no incidents"):
+        latest_incident(tmp_path)
