@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from processes import run
@@ -17,6 +18,19 @@ from stabletrain.doctor.diagnosis import Diagnosis
 from stabletrain.errors import ConfigurationError
 
 SMALL = ["experiment=tabular", "device=cpu", "epochs=2", "tracking=quiet", "name=run"]
+
+
+OWN = """
+import torch
+
+class Own(torch.utils.data.Dataset):
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(4, generator=generator) * (float("nan") if index == 17 else 1.0), index % 2
+"""
 
 
 def trained(folder: Path, *words: str) -> tuple[int, str]:
@@ -54,9 +68,20 @@ def test_a_moved_incident_is_enough(tmp_path: Path) -> None:
     assert (found.reproduced, found.cause) == ("yes", "data") and len(found.samples) == 1
 
 
+def test_an_incident_is_enough_where_the_data_is_gone(tmp_path: Path) -> None:
+    np.savez(tmp_path / "table.npz", x=np.random.rand(64, 3).astype(np.float32), y=np.arange(64) % 2)
+    trained(tmp_path, "data=npz", "data.path=table.npz", "model=mlp", "+fault=nan_input", "fault.at=1", "guard=skip")
+    (tmp_path / "table.npz").unlink()
+    found = diagnose_incident(latest_incident(tmp_path / "runs/run"))
+    assert (found.reproduced, found.cause) == ("yes", "data") and len(found.samples) == 1
+    assert any(remedy.held and remedy.tried_updates == 1 for remedy in found.remedies)
+
+
 def test_the_printed_command_continues_without_the_bad_sample(tmp_path: Path) -> None:
-    code, said = trained(tmp_path, "+fault=nan_input", "fault.at=4", "guard=raise")
-    assert code == 3
+    (tmp_path / "mine.py").write_text(OWN)
+    data = ["data=dataset", "data.dataset._target_=mine.Own", "model=mlp", "model.num_classes=2"]
+    code, said = trained(tmp_path, *data, "guard=raise")
+    assert code == 3, said
     lines = said.strip().splitlines()[-3:]
     assert [line.partition(":")[0] for line in lines] == ["where", "samples", "to do"]
     incident = latest_incident(tmp_path / "runs/run")
@@ -72,7 +97,7 @@ def test_the_printed_command_continues_without_the_bad_sample(tmp_path: Path) ->
 
 def test_each_printed_remedy_was_tried(tmp_path: Path) -> None:
     found = diagnosed(tmp_path, ["+fault=nan_input", "fault.at=4", "guard=skip", "precision=bf16"])
-    overrides = {remedy.override.partition("=")[0]: remedy for remedy in found.remedies}
+    overrides = {remedy.override.lstrip("+").partition("=")[0]: remedy for remedy in found.remedies}
     assert {"precision", "guard.quarantine", "loss_mode", "optimizer.lr", "clipping"} <= overrides.keys()
     held = overrides.pop("guard.quarantine")
     assert held.held and held.tried_updates > 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from stabletrain.config import group_names, option_names
 from stabletrain.doctor.cause import Facts, classify
 from stabletrain.doctor.diagnosis import Cause, Confidence, Diagnosis
 from stabletrain.doctor.remedies import tried_remedies
@@ -49,7 +50,7 @@ def diagnose_incident(folder: Path | str, *, time_limit: float = 60.0, all_remed
     """
     begun, folder = time.monotonic(), Path(folder)
     incident = load_incident(folder)
-    with run_of(incident) as (run, _):
+    with run_of(incident, folder) as (run, _):
         replayed = replay(run, incident)
         found = _looked_into(Replay(run, incident), replayed, begun + time_limit / 2)
     if found.cause not in (None, "not_reproducible"):
@@ -156,8 +157,11 @@ def command(incident: Incident, folder: Path, override: str) -> str:
     recorded = folder.resolve().parents[1] / "overrides.yaml"
     given = yaml.safe_load(recorded.read_text()) if recorded.is_file() else []
     key, name = override.lstrip("+").partition("=")[0], incident.settings.get("name")
+    chosen = [word.lstrip("+").partition("=")[::2] for word in given or []]
+    own = any(group in group_names() and option not in option_names(group) for group, option in chosen)
+    folder_of_options = ["--config-dir=<the folder of your options>"] if own else []
     kept = [word for word in given or [] if word.lstrip("+").partition("=")[0] not in (key, "name")]
-    return shlex.join(["python", "-m", "stabletrain", *kept, f"name={name}", override])
+    return shlex.join(["python", "-m", "stabletrain", *folder_of_options, *kept, f"name={name}", override])
 
 
 def _with(found: Diagnosis, **facts: Any) -> Diagnosis:

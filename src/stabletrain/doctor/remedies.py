@@ -5,6 +5,7 @@ They are tried in the order in which people try them: precision, data, loss, lea
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def tried_remedies(
     for group, override in candidates(incident, folder, indices):
         if time.monotonic() > end or (found and found[-1].held and not all_remedies):
             break
-        found.append(_tried(incident, group, override, indices, end))
+        found.append(_tried(incident, folder, group, override, indices, end))
     return tuple(found)
 
 
@@ -51,8 +52,7 @@ def candidates(incident: Incident, folder: Path, indices: Sequence[int]) -> Iter
     if dtype != "float32":
         yield "precision", "precision=fp32"
     if indices:
-        path = folder / "bad_samples.json"
-        write_whole(path, json_text({"indices": list(indices)}))
+        path = _listed(folder, indices)
         added = "" if "quarantine" in settings.get("guard", {}) else "+"
         yield "data", f"{added}guard.quarantine={path}"
     if settings.get("loss_mode") == "as_is":
@@ -68,6 +68,15 @@ def candidates(incident: Incident, folder: Path, indices: Sequence[int]) -> Iter
         yield "augmentation", "augmentation=none"
 
 
+def _listed(folder: Path, indices: Sequence[int]) -> Path:
+    """Write the samples to leave out into the run's folder, beside those found before."""
+    place = folder.parents[1] if folder.parent.name == "incidents" else folder
+    path = place / "bad_samples.json"
+    known = set(json.loads(path.read_text())["indices"]) if path.is_file() else set()
+    write_whole(path, json_text({"indices": sorted(known | set(indices))}))
+    return path
+
+
 def rates(incident: Incident) -> list[float]:
     """Return the learning rates to try, by when it happened: the earlier, the smaller.
 
@@ -79,11 +88,11 @@ def rates(incident: Incident) -> list[float]:
     return [step for step in steps if step < rate]
 
 
-def _tried(incident: Incident, group: str, override: str, indices: Sequence[int], end: float) -> Remedy:
+def _tried(incident: Incident, folder: Path, group: str, override: str, indices: Sequence[int], end: float) -> Remedy:
     rate = float(override.partition("=")[2]) if override.startswith("optimizer.lr=") else None
     try:
         given = [] if group == "data" or rate is not None else [override]
-        with run_of(incident, given) as (run, at_hand):
+        with run_of(incident, folder, given) as (run, at_hand):
             replay = Replay(run, incident)
             leave_out = set(indices) if group == "data" else set()
             without = [place for place, index in enumerate(replay.indices()) if index in leave_out]

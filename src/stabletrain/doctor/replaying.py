@@ -20,37 +20,56 @@ from stabletrain.data import Microbatch, Splits
 from stabletrain.doctor.samples import chosen, guilty
 from stabletrain.doctor.trace import Traced, first_bad, trace
 from stabletrain.errors import ConfigurationError
-from stabletrain.incident import Incident
+from stabletrain.incident import Incident, load_incident
 from stabletrain.incident.statistics import named_tensors
 from stabletrain.optimizer import set_learning_rate
 from stabletrain.trainer.replay import at_incident
 from stabletrain.trainer.run import Run, Step
 from stabletrain.trainer.salvage import bad_inputs
 from stabletrain.trainer.step import forward_backward
+from stabletrain.tree import map_tensors
 
 QUIET = ("tracking=none", "checkpoint=none", "parallel=none")
 
 
 class IncidentData(torch.utils.data.Dataset[Any]):
-    """Stands in for data that isn't at hand: it is never read, since the incident holds what the step saw."""
+    """Stands in for data that isn't at hand: what the step saw, over and over.
+
+    Args:
+        batch: of the incident.
+        count: samples in it.
+        length: at least the largest index that the incident names.
+    """
+
+    def __init__(self, batch: Any, count: int, length: int) -> None:
+        self._batch, self._count, self._length = batch, count, length
 
     def __len__(self) -> int:
-        """Return a length that any batch fits into."""
-        return 1 << 20
+        """Return how many samples there seem to be."""
+        return self._length
 
     def __getitem__(self, index: int) -> Any:
-        """Refuse."""
-        raise RuntimeError("the data of this run isn't at hand")
+        """Return one of the incident's samples."""
+        return map_tensors(lambda tensor: tensor[0], chosen(self._batch, self._count, [index % self._count]))
 
 
-def incident_data() -> Splits:
+def incident_data(folder: str) -> Splits:
     """Build the stand-in, as an option of the group `data`."""
-    return Splits(train=IncidentData(), validation=None)
+    incident = load_incident(folder)
+    number = next(number for number, indices in enumerate(incident.indices) if len(indices) > 0)
+    length = 1 + max(int(indices.max()) for indices in incident.indices if len(indices) > 0)
+    enough = max(length, 4 * int(incident.settings["batch_size"]))
+    return Splits(train=IncidentData(incident.batches[number], len(incident.indices[number]), enough), validation=None)
 
 
 @contextmanager
-def run_of(incident: Incident, overrides: Sequence[str] = ()) -> Iterator[tuple[Run, bool]]:
+def run_of(incident: Incident, folder: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[Run, bool]]:
     """Build the run that an incident is of, in a folder that goes away, and say whether its data is at hand.
+
+    Args:
+        incident: from `load_incident`.
+        folder: where it was loaded from.
+        overrides: changes to its settings.
 
     Raises:
         ConfigurationError: the incident holds no settings, or they can't be built.
@@ -61,14 +80,16 @@ def run_of(incident: Incident, overrides: Sequence[str] = ()) -> Iterator[tuple[
             "stabletrain.diagnose the model, the loss and the batch."
         )
     values = {**changed(incident.settings, [*QUIET, *overrides]), "resume": "never", "init_from": None}
-    with tempfile.TemporaryDirectory() as folder:
+    # A list of samples to leave out changes nothing about this step, and may be gone.
+    values["guard"] = {name: value for name, value in values["guard"].items() if name != "quarantine"}
+    with tempfile.TemporaryDirectory() as place:
         at_hand = True
         try:
-            run = build(values, Path(folder, "run"))
+            run = build(values, Path(place, "run"))
         except (ConfigurationError, PartFailed, OSError):
             at_hand = False
-            stand_in = {"_target_": "stabletrain.doctor.replaying.incident_data"}
-            run = build({**values, "data": stand_in}, Path(folder, "again"))
+            stand_in = {"_target_": "stabletrain.doctor.replaying.incident_data", "folder": str(folder)}
+            run = build({**values, "data": stand_in}, Path(place, "again"))
         try:
             yield run, at_hand
         finally:
