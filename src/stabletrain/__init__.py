@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stabletrain import safe
     from stabletrain.assembly import assemble, fit
     from stabletrain.doctor import Diagnosis, diagnose
     from stabletrain.errors import ConfigurationError, Interrupted, UnstableTraining
@@ -34,6 +35,7 @@ _HOMES = {
     "Summary": "stabletrain.trainer",
     "train": "stabletrain.trainer",
 }
+_MODULES = ("safe",)  # public as a whole
 
 __all__ = [
     "ConfigurationError",
@@ -50,6 +52,7 @@ __all__ = [
     "diagnose",
     "fit",
     "load_model",
+    "safe",
     "train",
 ]
 
@@ -62,6 +65,8 @@ def __getattr__(name: str) -> Any:
         >>> stabletrain.StepGuard.__name__
         'StepGuard'
     """
+    if name in _MODULES:
+        return import_module(f"stabletrain.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'stabletrain' has no attribute {name!r}; public names: {', '.join(__all__)}")
