@@ -314,7 +314,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kind="operation",
                 name=called,
                 number=self.number,
-                in_backward=node is not None,
+                in_backward=torch._C._current_autograd_node() is not None,
                 kernel=str(func),
                 module=module,
                 file=file,
