@@ -43,7 +43,7 @@ LAYERS = (
     {"trainer", "integrations"},
     {"assembly"},
     {"build", "config"},
-    {"export", "sweep"},
+    {"doctor", "export", "sweep"},
     {"__main__"},
 )
 MAY_USE_HYDRA = {"build", "config", "sweep", "__main__"}
