@@ -24,7 +24,9 @@ def by_column(leaf: Tensor | list[Tensor]) -> Tensor:
         torch.Size([12, 2])
     """
     if isinstance(leaf, list):
-        return torch.cat([_sample_by_column(sample) for sample in leaf])
+        samples = [_sample_by_column(sample) for sample in leaf]
+        one_width = len({sample.shape[1] for sample in samples}) == 1
+        return torch.cat(samples if one_width else [_one(sample) for sample in samples])
     if leaf.dim() == 2:
         return leaf
     return (
@@ -61,7 +63,9 @@ class Columns:
     kept: list[Tensor] = field(default_factory=list)
 
     def add(self, values: Tensor) -> None:
-        """Add values [n, columns]."""
+        """Add values [n, columns]; those of another number of columns than before are passed over."""
+        if len(self.count) not in (0, values.shape[1]):
+            return
         values = values.double()
         finite = torch.isfinite(values)
         count, infinity = finite.sum(0), float("inf")

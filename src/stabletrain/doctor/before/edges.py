@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stabletrain.doctor.before.findings import Finding, shortened
 from stabletrain.doctor.before.numbers import wider
 from stabletrain.doctor.before.observe import Observation, observe
+from stabletrain.doctor.before.overrides import known
 from stabletrain.doctor.before.subject import Subject, inputs_of, leaves, targets_of, with_inputs
 from stabletrain.precision import Precision
 from stabletrain.tree import map_tensors, tensors
@@ -205,17 +206,19 @@ def _advice(case: str) -> str:
 
 def _single(subject: Subject, seen: Observation) -> Finding:
     loader = subject.run.loader
-    samples = len(loader.dataset)
-    larger = next(size for size in range(loader.batch_size + 1, samples + 2) if samples % size != 1)
-    fits = larger <= samples and larger % loader.accumulate == 0
+    if loader.accumulate > 1:
+        remedy = known(subject.config, "accumulate=1")
+    else:
+        remedy = f"batch_size={min(32, len(loader.dataset))}" if loader.batch_size == 1 else ""
     return Finding(
         severity="broken",
         check="single_sample",
         where="numbers",
-        what="an epoch has a step with 1 sample, which can't be trained on",
-        evidence=f"{samples} samples in steps of {loader.batch_size}; {shortened(seen.said, 120)}",
-        remedy=f"batch_size={larger}" if fits else "",
-        advice="" if fits else "Choose a batch_size whose last step has more samples.",
+        what="microbatches of 1 sample, which can't be trained on",
+        evidence=f"batch_size {loader.batch_size} / accumulate {loader.accumulate}, {len(loader.dataset)} samples; "
+        f"{shortened(seen.said, 120)}",
+        remedy=remedy,
+        advice="" if remedy else "Choose a batch_size whose last step has more samples.",
     )
 
 

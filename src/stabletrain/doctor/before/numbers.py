@@ -223,7 +223,7 @@ def _flow(subject: Subject, seen: Observation) -> Iterator[Finding]:
     total = math.sqrt(sum(norm**2 for norm in norms))
     with_weights = {name for name, module in subject.run.model.named_modules() if _has_weights(module)}
     flow = {
-        name: one.gradient for name, one in seen.modules.items() if name in with_weights and math.isfinite(one.gradient)
+        name: one.gradient for name, one in seen.modules.items() if name in with_weights and 0 < one.gradient < math.inf
     }
     names = list(flow)
     ratio = flow[names[0]] / flow[names[-1]] if len(names) > 1 and flow[names[-1]] > 0 else 1.0

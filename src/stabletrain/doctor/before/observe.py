@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,7 +114,8 @@ def observe(
     result = Observation()
     run = subject.run
     model = model if model is not None else subject.fresh_model()
-    with keyed_all(key(run.seed, "doctor")), precision.active(), _watched(model, result) as roots:
+    quiet = warnings.catch_warnings(action="ignore")  # what torch warns of here is what is looked for
+    with quiet, keyed_all(key(run.seed, "doctor")), precision.active(), _watched(model, result) as roots:
         try:
             with torch.set_grad_enabled(backward), precision.autocast():
                 output = run.task.step(model, data)
