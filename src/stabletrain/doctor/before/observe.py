@@ -114,8 +114,7 @@ def observe(
     result = Observation()
     run = subject.run
     model = model if model is not None else subject.fresh_model()
-    quiet = warnings.catch_warnings(action="ignore")  # what torch warns of here is what is looked for
-    with quiet, keyed_all(key(run.seed, "doctor")), precision.active(), _watched(model, result) as roots:
+    with keyed_all(key(run.seed, "doctor")), precision.active(), _quiet(), _watched(model, result) as roots:
         try:
             with torch.set_grad_enabled(backward), precision.autocast():
                 output = run.task.step(model, data)
@@ -179,6 +178,14 @@ def _watched(model: nn.Module, result: Observation) -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's warnings back: what it warns of here is what is looked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _detached(output: Any) -> Any:

@@ -60,13 +60,13 @@ class Subject:
         """Return a batch of training data without bad samples, with memory of its own.
 
         Args:
-            most: samples at most; None: those of a microbatch.
+            most: samples at most; None: those of a microbatch, but 2 at least.
         """
         loader = self.run.loader
         size = loader.batch_size // (loader.accumulate * loader.ranks)
         bad = set(self.bad_samples)
         good = [index for index in loader.order(0).tolist() if index not in bad]
-        data = loader.read(good[: size if most is None else min(size, most)], 0).data
+        data = loader.read(good[: max(2, size) if most is None else most], 0).data
         return map_tensors(torch.clone, data)
 
     def smallest_microbatch(self) -> int:
