@@ -1,4 +1,4 @@
-"""The door: `python -m stabletrain [train|export] [key=value ...]`; picks the command, composes, maps exit codes."""
+"""The door: `python -m stabletrain [train|export|doctor] [key=value ...]`; picks a command, maps exit codes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import site
 import sys
 import sysconfig
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -69,19 +70,14 @@ def train(arguments: Sequence[str], debug: bool = False) -> int:
     overrides, flags = configs.arrange(arguments)
     configs.check_overrides(overrides, flags)
     _refuse_sweeps_of_ranks(overrides, flags)
-    configs.stamp.cache_clear()
-    if os.getcwd() not in sys.path and "" not in sys.path:  # the console script leaves the user's folder out
-        sys.path.insert(0, os.getcwd())
     jobs: list[Job] = []
     codes: list[int] = []
 
     def job(config: DictConfig) -> float | None:
         return _job(config, jobs, codes, debug)
 
-    wrapped = hydra.main(version_base="1.3", config_path=configs.conf_location(), config_name="config")(job)
     try:
-        with _command_line([*overrides, *flags]):
-            wrapped()
+        _compose(job, [*overrides, *flags])
     except _StopSweep:
         pass
     except Exception as error:
@@ -109,14 +105,135 @@ def export(arguments: Sequence[str], debug: bool = False) -> int:
     return COMPLETED
 
 
+def doctor(arguments: Sequence[str], debug: bool = False) -> int:
+    """Examine before a run, this environment, or what went wrong in one; see `stabletrain.doctor`.
+
+    What is examined follows from the words: `env`, `run=` or `incident=`, or else the overrides of a run.
+    """
+    usage = "python -m stabletrain doctor [env | run=<folder> | incident=<folder>] [to=<folder>] [key=value ...]"
+    if set(arguments) & {"-h", "--help"}:
+        print(
+            "Look for what makes training unstable: before a run in its data, model, numbers and settings; after it\n"
+            "in an incident: where it began, in which samples, why, and what helps.\n"
+            f"usage: {usage}\n"
+            "  doctor key=value ...   the run that `train` would make of the same words\n"
+            "  doctor run=<folder>    the latest incident of a run; or incident=<folder of one>\n"
+            "  doctor env             versions, device, memory, disk\n"
+            "  to=<folder>            where doctor.json goes (default: the current folder)\n"
+            "exit codes: 0 clean, 1 warnings, 2 bad configuration, 3 broken"
+        )
+        return COMPLETED
+    if any(word.startswith(("run=", "incident=")) for word in arguments):
+        return _doctor_after(arguments, debug)
+    words = [word for word in arguments if not word.startswith("to=")]
+    to = next((word.partition("=")[2] for word in arguments if word.startswith("to=")), None)
+    if len(words) > 0 and words[0] == "env":
+        configs.named_words([word for word in words[1:] if not word.startswith("debug=")], usage="doctor env")
+        return _doctor_env(to, debug)
+    return _doctor_before(words, to, debug)
+
+
 # The first one is the default.
 COMMANDS: dict[str, Callable[[Sequence[str], bool], int]] = {
     "train": train,
     "export": export,
-}  # the first one is the default
+    "doctor": doctor,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- doctor
+
+
+def _doctor_after(arguments: Sequence[str], debug: bool) -> int:
+    usage = "python -m stabletrain doctor [run=<folder>] [incident=<folder>] [time_limit=<seconds>]"
+    given = configs.named_words([word for word in arguments if not word.startswith("debug=")], usage)
+    if ("run" in given) == ("incident" in given):
+        raise ConfigurationError(f"give either run=<folder> or incident=<folder>. Usage: {usage}")
+    limit = given.get("time_limit", "60")
+    if not limit.replace(".", "", 1).isdigit():
+        raise ConfigurationError(f"time_limit={limit}: give a number of seconds. Usage: {usage}")
+    if os.getcwd() not in sys.path and "" not in sys.path:  # the user's own modules
+        sys.path.insert(0, os.getcwd())
+    from stabletrain.doctor.after import TEXT_NAME, diagnose_incident, latest_incident
+
+    try:
+        incident = Path(given["incident"]) if "incident" in given else latest_incident(given["run"])
+        diagnose_incident(incident, time_limit=float(limit))
+        print((incident / TEXT_NAME).read_text(), end="")
+    except Exception as error:
+        return _report(error, debug)
+    return COMPLETED
+
+
+def _doctor_env(to: str | None, debug: bool) -> int:
+    from stabletrain.doctor.before.environment import examine_environment, fact_lines
+
+    try:
+        report = examine_environment()
+        print("\n".join(fact_lines(report.facts)))
+        return _tell(report, to)
+    except Exception as error:
+        return _report(error, debug)
+
+
+def _doctor_before(arguments: Sequence[str], to: str | None, debug: bool) -> int:
+    """Compose the config that `train` would, without a run's folder, and examine the run."""
+    overrides, flags = configs.arrange(arguments)
+    configs.check_overrides(overrides, flags)
+    if any(flag in ("-m", "--multirun") for flag in flags) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("the doctor examines one run in one process; leave -m or torchrun out.")
+    codes: list[int] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            values = configs.settings(config)
+            codes.append(_examine(values, overrides, to))
+        except (Exception, KeyboardInterrupt) as error:
+            codes.append(_report(error, debug or config.get("debug") is True))
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _compose(job, [*overrides, f"hydra.run.dir={folder}", *flags])
+        except Exception as error:
+            if len(codes) == 0:
+                return _report_composition(error, overrides, flags, debug)
+    return codes[0] if len(codes) > 0 else COMPLETED  # none: --cfg, --info
+
+
+def _examine(values: dict[str, Any], overrides: Sequence[str], to: str | None) -> int:
+    import torch
+
+    from stabletrain.build import PartFailed
+    from stabletrain.doctor.before import examine
+
+    if values["threads"] is not None:
+        torch.set_num_threads(values["threads"])
+    try:
+        report = examine(values, overrides)
+    except PartFailed as error:
+        raise _refused_value(error) from error.__cause__
+    return _tell(report, to)
+
+
+def _tell(report: Any, to: str | None) -> int:
+    """Print what the doctor found, and write it."""
+    report.show()
+    path = report.write(to)
+    print(f"{report.verdict()}; {path}", flush=True)
+    return cast("int", report.code)
 
 
 # ------------------------------------------------------------------------------------------------------------ jobs
+
+
+def _compose(job: Callable[[DictConfig], Any], words: Sequence[str]) -> None:
+    """Let Hydra compose a config from these words, and call `job` with it: once, or for each job of a sweep."""
+    configs.stamp.cache_clear()
+    if os.getcwd() not in sys.path and "" not in sys.path:  # the console script leaves the user's folder out
+        sys.path.insert(0, os.getcwd())
+    wrapped = hydra.main(version_base="1.3", config_path=configs.conf_location(), config_name="config")(job)
+    with _command_line(words):
+        wrapped()
 
 
 def _job(config: DictConfig, jobs: list[Job], codes: list[int], debug: bool) -> float | None:
@@ -162,10 +279,7 @@ def _train(values: dict[str, Any], folder: Path, overrides: list[str], job: Job,
     try:
         run = build(values, folder, overrides)
     except PartFailed as error:
-        cause = error.__cause__
-        if isinstance(cause, (TypeError, ValueError)) and _users_line(cause) is None:  # a value that the part refused
-            raise ConfigurationError(str(error)) from cause
-        raise
+        raise _refused_value(error) from error.__cause__
     train_run(run)
     codes.append(COMPLETED)
     job.read_summary()
@@ -184,6 +298,13 @@ def _say_why(folder: Path, time_limit: float) -> None:
         print("\n".join(three_lines(found, incident)), file=sys.stderr, flush=True)
     except Exception as error:  # whatever it is, the run has ended before
         print(f"stabletrain: no diagnosis: {error}", file=sys.stderr, flush=True)
+
+
+def _refused_value(error: Exception) -> Exception:
+    """Return the error of a part as one of the settings, where it is a value that the part refused."""
+    cause = error.__cause__
+    refused = isinstance(cause, (TypeError, ValueError)) and _users_line(cause) is None
+    return ConfigurationError(str(error)) if refused else error
 
 
 def _conclude(jobs: Sequence[Job], codes: Sequence[int]) -> int:

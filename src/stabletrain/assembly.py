@@ -183,6 +183,7 @@ def assemble(
         test=_ordered(splits.test, batch_size, workers, place),
         schedule=chosen_schedule,
         ramp=chosen_ramp,
+        clipping=clipping,
         precision=chosen_precision,
         augmentation=augmentation,
         guard=step_guard,

@@ -56,9 +56,7 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
         ConfigurationError: an option can't be used.
         PartFailed: the code behind an option failed.
     """
-    seed = config["seed"]
-    with keyed_all(key(seed, "data")):
-        splits = _splits(_part("data", config), seed)
+    splits = build_data(config)
     config = with_facts(config, splits)
     schedule = {**config["schedule"]}
     ramp = schedule.pop("ramp", None) or ()  # the trainer's, whatever the schedule
@@ -80,6 +78,32 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
         settings=config,
         overrides=overrides,
     )
+
+
+def build_data(config: dict[str, Any]) -> Splits:
+    """Build the data that a config names, divided into its parts.
+
+    Raises:
+        ConfigurationError: the data can't be used.
+        PartFailed: its own code failed.
+    """
+    with keyed_all(key(config["seed"], "data")):
+        return _splits(_part("data", config), config["seed"])
+
+
+def build_undivided(config: dict[str, Any]) -> Any:
+    """Build a map-style data set as it is before it is divided and checked; None where an option has no such stage.
+
+    Raises:
+        ConfigurationError: the data set can't be built.
+        PartFailed: its own code failed.
+    """
+    node = config["data"].get("dataset", config["data"])
+    if not isinstance(node, dict) or "_target_" not in node:
+        return None
+    with keyed_all(key(config["seed"], "data")):
+        data = _part("data", {**config, "data": node})
+    return None if isinstance(data, Splits) else data
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:

@@ -104,6 +104,18 @@ def test_each_printed_remedy_was_tried(tmp_path: Path) -> None:
     assert not any(remedy.held for remedy in overrides.values())
 
 
+def test_the_command_says_what_it_found(tmp_path: Path) -> None:
+    trained(tmp_path, "+fault=nan_input", "fault.at=4", "guard=skip")
+    done = run([sys.executable, "-m", "stabletrain", "doctor", "run=runs/run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.startswith("cause: data (confidence high)")
+        and "\ngo on with: python -m stabletrain " in done.stdout
+    )
+    wrong = run([sys.executable, "-m", "stabletrain", "doctor", "incident=nowhere"], tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("stabletrain: the incident nowhere can't be used")
+
+
 def test_no_diagnosis_where_it_is_not_wanted(tmp_path: Path) -> None:
     code, said = trained(tmp_path, "+fault=nan_input", "fault.at=4", "guard=raise", "doctor.time_limit=0")
     assert code == 3 and "to do:" not in said

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stabletrain.checkpoint import CheckpointStore
+from stabletrain.clipping import Clipping, NoClipping
 from stabletrain.collectives import Ranks
 from stabletrain.data import Loader, Microbatch, OrderedLoader
 from stabletrain.ema import ExponentialMovingAverage
@@ -57,6 +58,7 @@ class Run:
     device: torch.device
     parallel: SingleProcess = field(default_factory=SingleProcess)
     ramp: Ramp = field(default_factory=Ramp)
+    clipping: Clipping = field(default_factory=NoClipping)  # which the guard applies
     validate_from: int = 0  # updates before which nothing is validated
     fault: Fault = field(default_factory=NoFault)
     quarantine: Quarantine = field(default_factory=Quarantine)
