@@ -164,7 +164,7 @@ def test_somebodys_own_configs_and_code(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "'trian' is no command; allowed: train, export. Did you mean 'train'?"),
+        (["trian"], "'trian' is no command; allowed: train, export, doctor. Did you mean 'train'?"),
         (["preset=saef"], "preset=saef is no option; allowed: normal, safe, stable. Did you mean 'safe'?"),
         (["precision=bf61"], "allowed: bf16, fp16, fp16_conservative, fp32, tf32. Did you mean 'bf16'?"),
         (["gaurd=skip"], "unknown key 'gaurd'. Did you mean 'guard'?"),
@@ -240,7 +240,7 @@ def test_an_error_while_somebodys_model_is_built_is_code_1_and_leaves_nothing(tm
 
 def test_unstable_training_is_code_3(tmp_path, capsys):
     write("mine/model/poisoned.yaml", "_target_: test_main.Poisoned\nin_features: auto\n")
-    assert main(["--config-dir", "mine", *SMALL, "model=poisoned", "guard=raise", "name=a"]) == 3
+    assert main(["--config-dir", "mine", *SMALL, "model=poisoned", "guard=raise", "name=a", "doctor.time_limit=0"]) == 3
     said = message(capsys)
     assert "epoch 0, step 0" in said
     assert json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())["status"] == "stopped_unstable"

@@ -78,6 +78,8 @@ def test_the_commands_of_stabletrain(commands: list[str], installed: Installatio
             assert "max_norm" not in done.stdout
         elif "export" in words:
             assert "model.safetensors: the weights of runs/base/checkpoints/" in done.stdout
+        elif "doctor" in words:
+            assert "clean: nothing found" in done.stdout
         else:
             assert re.search(r"0 of \d+ steps were rejected|completed", done.stdout), command
     run = tmp_path / "runs" / "first"

@@ -13,7 +13,7 @@ ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Signals:
     """Notes SIGTERM, SIGINT and SIGUSR1 inside the block.
 
-    A second one does what it always does: it ends the process at once.
+    A second one ends the process at once, also where it was ignored before, as SIGINT is in a shell's background jobs.
 
     Outside the main thread, where Python delivers no signals, nothing is noted.
 
@@ -45,4 +45,7 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received, self.name = True, signal.Signals(number).name
         for asked in ASKED:
-            signal.signal(asked, self._before[asked])
+            before = self._before[asked]
+            if before is signal.SIG_IGN:
+                before = signal.default_int_handler if asked == signal.SIGINT else signal.SIG_DFL
+            signal.signal(asked, before)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import struct
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +163,7 @@ def test_the_environment(tmp_path):
 def on_a_terminal(words: list[str], folder: Path) -> tuple[int, str]:
     """Run a program whose standard output and error are a terminal, and return its exit code and what it showed."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     environment = {**ENVIRONMENT, "COLUMNS": "120", "TERM": "xterm"}
     shown = b""
     with started(words, folder, environment, stdout=theirs, stderr=theirs) as process:
