@@ -1,4 +1,4 @@
-"""The frozen part: written before the classifier, and never changed since, except where a case itself was wrong."""
+"""The frozen part: written beside the classifier without sight of it, and changed only where a case itself is wrong."""
 
 from __future__ import annotations
 
