@@ -152,14 +152,12 @@ def _doctor_after(arguments: Sequence[str], debug: bool) -> int:
     limit = given.get("time_limit", "60")
     if not limit.replace(".", "", 1).isdigit():
         raise ConfigurationError(f"time_limit={limit}: give a number of seconds. Usage: {usage}")
-    if os.getcwd() not in sys.path and "" not in sys.path:  # the user's own modules
-        sys.path.insert(0, os.getcwd())
-    from stabletrain.doctor.after import TEXT_NAME, diagnose_incident, latest_incident
+    _see_users_folder()
+    from stabletrain.doctor.after import diagnose_incident, latest_incident
 
     try:
         incident = Path(given["incident"]) if "incident" in given else latest_incident(given["run"])
-        diagnose_incident(incident, time_limit=float(limit))
-        print((incident / TEXT_NAME).read_text(), end="")
+        print(diagnose_incident(incident, time_limit=float(limit)))
     except Exception as error:
         return _report(error, debug)
     return COMPLETED
@@ -229,8 +227,7 @@ def _tell(report: Any, to: str | None) -> int:
 def _compose(job: Callable[[DictConfig], Any], words: Sequence[str]) -> None:
     """Let Hydra compose a config from these words, and call `job` with it: once, or for each job of a sweep."""
     configs.stamp.cache_clear()
-    if os.getcwd() not in sys.path and "" not in sys.path:  # the console script leaves the user's folder out
-        sys.path.insert(0, os.getcwd())
+    _see_users_folder()
     wrapped = hydra.main(version_base="1.3", config_path=configs.conf_location(), config_name="config")(job)
     with _command_line(words):
         wrapped()
@@ -348,6 +345,12 @@ def _refuse_sweeps_of_ranks(overrides: Sequence[str], flags: Sequence[str]) -> N
             "a sweep (-m) can't run under torchrun, where each process would run a sweep of its own; start torchrun "
             "once for each combination, or the sweep in one process."
         )
+
+
+def _see_users_folder() -> None:
+    """Let modules of the user's be imported from the current folder, which the console script leaves out."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 @contextmanager

@@ -103,6 +103,19 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.isfinite(sizes(floating, math.inf)).all() if floating else torch.ones((), dtype=torch.bool)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether every element is finite; whole numbers are. It waits for the device.
+
+    Example:
+        >>> is_finite(torch.ones(2)), is_finite(torch.tensor([1.0, float("inf")])), is_finite(torch.tensor([1]))
+        (True, False, True)
+    """
+    values = tensor.detach()
+    if values.layout != torch.strided:
+        values = values.coalesce().values() if values.is_sparse else values.to_dense()
+    return not (values.is_floating_point() or values.is_complex()) or bool(torch.isfinite(values).all())
+
+
 def first_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """Describe the first tensor that isn't finite: its name, how many elements, and which value.
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from composed import checked
-from stabletrain.doctor.before.examine import built
 from stabletrain.doctor.before.settings import examine_settings
 from stabletrain.doctor.before.subject import Subject
+from stabletrain.doctor.built import built
 from stabletrain.precision import Precision
 
 from .subjects import by_check, network, subject

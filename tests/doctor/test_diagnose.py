@@ -140,6 +140,24 @@ def test_everything_is_left_as_it_was() -> None:
     assert model.training and all(not module._forward_hooks for module in model.modules())
 
 
+def test_bad_weights_are_put_back_where_a_try_fails() -> None:
+    """The loss refuses the finite weights that the doctor tries, by an error that isn't torch's."""
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if bool(torch.isfinite(model.weight).all()):
+            raise KeyError("finite")
+        return model(batch).sum()
+
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight[1, 2] = math.nan
+    before = model.weight.detach().clone()
+    with pytest.raises(KeyError):
+        stabletrain.diagnose(model, loss, INPUTS)
+    assert torch.equal(model.weight.detach().isnan(), before.isnan())
+    assert torch.equal(model.weight.detach().nan_to_num(), before.nan_to_num())
+
+
 def test_a_label_that_torch_refuses_is_a_label() -> None:
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
     found = stabletrain.diagnose(nn.Linear(4, 4), lambda m, b: F.cross_entropy(m(b[0]), b[1]), (INPUTS, labels))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from processes import run
+from processes import ENVIRONMENT, run
 from stabletrain.doctor.after import diagnose_incident, latest_incident
 from stabletrain.doctor.diagnosis import Diagnosis
 from stabletrain.errors import ConfigurationError
@@ -93,6 +93,56 @@ def test_the_printed_command_continues_without_the_bad_sample(tmp_path: Path) ->
     assert again.returncode == 0, again.stderr
     summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
     assert summary["status"] == "completed"
+
+
+MINE = """
+import os
+import torch
+
+class Explodes:
+    def __call__(self, data):
+        inputs, labels = data
+        return inputs / (inputs.sum() * 0 if torch.rand(()) > 0.9 else 1.0), labels
+
+class Flaky(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(30, 2)
+
+    def forward(self, inputs):
+        outputs = self.inner(inputs)
+        return outputs * float("nan") if "FLAKY" in os.environ else outputs
+"""
+
+
+def test_an_augmentation_is_told_from_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "conf/augmentation").mkdir(parents=True)
+    (tmp_path / "conf/augmentation/explodes.yaml").write_text("_target_: mine.Explodes\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = diagnosed(tmp_path, ["--config-dir", "conf", "augmentation=explodes", "guard=skip"])
+    assert (found.reproduced, found.cause, list(found.samples)) == ("yes", "augmentation", [])
+    [held] = [remedy for remedy in found.remedies if remedy.held and remedy.group == "augmentation"]
+    assert held.override == "augmentation=none"
+    assert "'--config-dir=<the folder of your options>'" in found.command
+
+
+def test_what_does_not_happen_again_is_called_not_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/flaky.yaml").write_text("_target_: mine.Flaky\n")
+    flaky = [sys.executable, "-m", "stabletrain", *SMALL, "--config-dir", "conf", "model=flaky", "guard=raise"]
+    assert run(flaky, tmp_path, {**ENVIRONMENT, "FLAKY": "1"}).returncode == 3
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    found = diagnose_incident(latest_incident(tmp_path / "runs/run"))
+    assert (found.reproduced, found.cause, found.remedies) == ("no", "not_reproducible", ())
+
+
+def test_the_sample_is_found_among_several_microbatches(tmp_path: Path) -> None:
+    found = diagnosed(tmp_path, ["+fault=nan_input", "fault.at=4", "guard=skip", "accumulate=4"])
+    assert found.cause == "data" and len(found.samples) == 1
+    assert [remedy.held for remedy in found.remedies if remedy.group == "data"] == [True]
 
 
 def test_each_printed_remedy_was_tried(tmp_path: Path) -> None:

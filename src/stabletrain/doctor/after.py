@@ -6,17 +6,17 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from stabletrain.config import group_names, option_names
 from stabletrain.doctor.cause import Facts, classify
 from stabletrain.doctor.diagnosis import Cause, Confidence, Diagnosis
+from stabletrain.doctor.origin import Traced
 from stabletrain.doctor.remedies import tried_remedies
 from stabletrain.doctor.replaying import Replay, run_of
-from stabletrain.doctor.trace import Traced
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import json_text, write_whole
 from stabletrain.incident import Incident, incident_folders, load_incident
@@ -55,10 +55,12 @@ def diagnose_incident(folder: Path | str, *, time_limit: float = 60.0, all_remed
         found = _looked_into(Replay(run, incident), replayed, begun + time_limit / 2)
     if found.cause not in (None, "not_reproducible"):
         tried = tried_remedies(incident, folder, list(found.samples), begun + time_limit, all_remedies=all_remedies)
-        found = _with(found, remedies=tried)
-    found = _with(found, seconds=time.monotonic() - begun)
+        held = next((remedy for remedy in tried if remedy.held), None)
+        going_on = _command(incident, folder, held.override) if held is not None else ""
+        found = replace(found, remedies=tried, command=going_on)
+    found = replace(found, seconds=time.monotonic() - begun)
     write_whole(folder / DIAGNOSIS_NAME, json_text(found.content()))
-    write_whole(folder / TEXT_NAME, f"{text(found, incident, folder)}\n")
+    write_whole(folder / TEXT_NAME, f"{found}\n")
     return found
 
 
@@ -94,13 +96,11 @@ def _facts(attempt: Replay, traced: Traced, places: Sequence[int]) -> Facts:
     begin = sum(len(one) for one in indices[:bad])
     count = len(indices[bad]) if indices else 0
     own = [place - begin for place in places if begin <= place < begin + count]
-    if len(batches) > 1 or len(own) < len(places):
-        own = own if len(own) == len(places) else []
     return Facts(
         traced=traced,
         batch=batches[bad] if batches else None,
         count=count,
-        samples=own,
+        samples=own if len(own) == len(places) else [],
         modules=[attempt.run.model],
         updates=attempt.incident.position.get("updates"),
     )
@@ -127,20 +127,11 @@ def _when(incident: Incident) -> str:
     return f"at epoch {position['epoch']}, step {position['step']}, after {position['updates']} updates"
 
 
-def text(found: Diagnosis, incident: Incident, folder: Path) -> str:
-    """Return the diagnosis as lines for people, the last one a command to go on with, if there is one that held."""
-    held = next((remedy for remedy in found.remedies if remedy.held), None)
-    if held is None:
-        return str(found)
-    return f"{found}\ngo on with: {command(incident, folder, held.override)}"
-
-
 def three_lines(found: Diagnosis, folder: Path) -> list[str]:
     """Return the short form, for the end of a run: where, which samples, what to do."""
     samples = ", ".join(map(str, found.samples[:8])) + (" ..." if len(found.samples) > 8 else "")
-    held = next((remedy for remedy in found.remedies if remedy.held), None)
-    if held is not None:
-        advice = command(load_incident(folder), folder, held.override)
+    if found.command:
+        advice = found.command
     elif found.remedies:
         advice = f"none of {len(found.remedies)} changes that were tried holds; see {folder / TEXT_NAME}"
     else:
@@ -152,7 +143,7 @@ def three_lines(found: Diagnosis, folder: Path) -> list[str]:
     ]
 
 
-def command(incident: Incident, folder: Path, override: str) -> str:
+def _command(incident: Incident, folder: Path, override: str) -> str:
     """Return the command line that goes on with a run, with one more override."""
     recorded = folder.resolve().parents[1] / "overrides.yaml"
     given = yaml.safe_load(recorded.read_text()) if recorded.is_file() else []
@@ -162,7 +153,3 @@ def command(incident: Incident, folder: Path, override: str) -> str:
     folder_of_options = ["--config-dir=<the folder of your options>"] if own else []
     kept = [word for word in given or [] if word.lstrip("+").partition("=")[0] not in (key, "name")]
     return shlex.join(["python", "-m", "stabletrain", *folder_of_options, *kept, f"name={name}", override])
-
-
-def _with(found: Diagnosis, **facts: Any) -> Diagnosis:
-    return Diagnosis(**{**vars(found), **facts})

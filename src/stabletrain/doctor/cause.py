@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from stabletrain.doctor.diagnosis import Cause, Confidence
+from stabletrain.doctor.gain import gain
+from stabletrain.doctor.origin import Origin, Traced
 from stabletrain.doctor.samples import chosen
-from stabletrain.doctor.trace import Origin, Traced
 from stabletrain.incident.statistics import named_tensors
 from stabletrain.quarantine import what_is_odd
 
@@ -39,6 +40,7 @@ DOMAINS = {
     *("linalg_cholesky_ex", "linalg_solve_ex", "linalg_det", "logdet", "log_normal"),
 }
 LOSSES = {"nll_loss", "ctc_loss", "binary_cross_entropy", "kl_div", "cross_entropy", "nll_loss_nd", "multi_margin_loss"}
+TOO_STRONG = 8.0  # gain of a weight that has left every scheme of initialisation
 _LABEL_NAMES = re.compile(r"(^|[._])(y|label|labels|target|targets|truth|answer|answers)([._]|$)", re.IGNORECASE)
 _TEMPERATURE = re.compile(r"temp|tau\b|logit_scale|inv_scale|_t\b", re.IGNORECASE)
 
@@ -268,9 +270,8 @@ def _range(batch: Any, count: int, samples: Sequence[int]) -> dict[str, float]:
 def _badly_scaled(modules: Sequence[nn.Module]) -> str | None:
     """Name a weight matrix that multiplies what it is given by far more than 1."""
     for name, parameter in _weights(modules):
-        gain = float(parameter.detach().double().square().mean().sqrt()) * math.sqrt(parameter[0].numel())
-        if gain > 8.0:
-            return f"{name} multiplies its input by about {gain:.3g}"
+        if gain(parameter) > TOO_STRONG:
+            return f"{name} multiplies its input by about {gain(parameter):.3g}"
     return None
 
 

@@ -85,6 +85,7 @@ class Diagnosis:
         samples: to blame, in rising order: positions in the batch, or indices in the data set for an incident.
         odd: what is odd about each of them, in words.
         remedies: what was tried.
+        command: that goes on with the first remedy that held; empty where there is none.
         seconds: how long it took.
     """
 
@@ -98,6 +99,7 @@ class Diagnosis:
     samples: tuple[int, ...] | list[int] = ()
     odd: tuple[str, ...] = ()
     remedies: tuple[Remedy, ...] = ()
+    command: str = ""
     seconds: float = 0.0
 
     def content(self) -> dict[str, Any]:
@@ -124,6 +126,7 @@ class Diagnosis:
             "samples": list(self.samples),
             "odd": list(self.odd),
             "remedies": [vars(remedy) for remedy in self.remedies],
+            "command": self.command,
             "seconds": round(self.seconds, 2),
         }
         plain: dict[str, Any] = _words(found)
@@ -156,6 +159,7 @@ class Diagnosis:
         held = [remedy for remedy in self.remedies if remedy.held]
         lines += [f"holds: {remedy.override}{f' ({remedy.detail})' if remedy.detail else ''}" for remedy in held]
         lines += [f"doesn't hold: {remedy.override}" for remedy in self.remedies if not remedy.held]
+        lines += [f"go on with: {self.command}"] if self.command else []
         return "\n".join(lines)
 
     __repr__ = __str__

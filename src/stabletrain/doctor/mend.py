@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stabletrain.doctor.diagnosis import Cause, Remedy
+from stabletrain.doctor.diagnosis import Remedy
+from stabletrain.doctor.origin import Traced
+from stabletrain.doctor.places import place_of_operation
 from stabletrain.doctor.samples import chosen
-from stabletrain.doctor.trace import HALF, Traced, is_finite, place_of_operation
+from stabletrain.finite import is_finite
 
+HALF = (torch.float16, torch.bfloat16)
 SAFE = {  # what stands in for what
     "log": "stabletrain.safe.log",
     "log2": "stabletrain.safe.log",
@@ -53,7 +56,7 @@ class Trials(Protocol):
 
 
 def code_remedies(
-    trials: Trials, batch: Any, traced: Traced, cause: Cause, samples: Sequence[int], count: int, end: float
+    trials: Trials, batch: Any, traced: Traced, samples: Sequence[int], count: int, end: float
 ) -> tuple[Remedy, ...]:
     """Try what can be tried without knowing the training: precision, data, the operation.
 
@@ -61,7 +64,6 @@ def code_remedies(
         trials: runs the step.
         batch: its data.
         traced: what the trace showed.
-        cause: class of the cause.
         samples: to blame, as positions.
         count: samples of the batch.
         end: by `time.monotonic`; nothing is begun after it.

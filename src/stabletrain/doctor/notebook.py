@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from stabletrain.doctor.cause import Facts, classify
 from stabletrain.doctor.diagnosis import Diagnosis
 from stabletrain.doctor.mend import code_remedies
+from stabletrain.doctor.origin import Traced
 from stabletrain.doctor.samples import chosen, count_of, guilty
-from stabletrain.doctor.trace import Traced, first_bad, trace
+from stabletrain.doctor.trace import first_bad, trace
 from stabletrain.errors import ConfigurationError
 from stabletrain.guard.snapshot import Snapshot
 from stabletrain.incident.statistics import named_tensors
@@ -75,7 +76,7 @@ def diagnose(model: nn.Module, loss: Loss, batch: Any, *, time_limit: float = 60
                 samples = guilty(is_bad, count, hints)
         facts = Facts(traced=traced, batch=batch, count=count, samples=samples, modules=trials.modules)
         cause, confidence, evidence = classify(facts)
-        remedies = code_remedies(trials, batch, traced, cause, samples, count, begun + time_limit)
+        remedies = code_remedies(trials, batch, traced, samples, count, begun + time_limit)
     return Diagnosis(
         reproduced="yes",
         cause=cause,
@@ -97,34 +98,26 @@ class _Trials:
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         self.model, self.loss = model, loss
         self.modules = list(dict.fromkeys([model, *_modules_in(loss)]))
+        self._parameters = [parameter for module in self.modules for parameter in module.parameters()]
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        self._random = random.getstate(), np.random.get_state()
         self._snapshot = Snapshot(self.modules)
-        self._stack = ExitStack()
+        self._snapshot.take()
 
     def __enter__(self) -> _Trials:
-        parameters = [parameter for module in self.modules for parameter in module.parameters()]
-        gradients = [parameter.grad for parameter in parameters]
-        state = random.getstate(), np.random.get_state()
-        self._snapshot.take()
-        self._state = state
-
-        def back() -> None:
-            self._begin()
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-
-        self._stack.callback(back)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._begin()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
 
     def _begin(self) -> None:
         self._snapshot.restore()
-        random.setstate(self._state[0])
-        np.random.set_state(self._state[1])
-        for module in self.modules:
-            for parameter in module.parameters():
-                parameter.grad = None
+        random.setstate(self._random[0])
+        np.random.set_state(self._random[1])
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def run(self, batch: Any) -> list[Tensor]:
         """Forward and backward, from the state that everything starts from."""
@@ -144,17 +137,20 @@ class _Trials:
     def finite_state(self) -> Iterator[None]:
         """Let parameters and buffers be 0 inside the block where they are not finite."""
         self._begin()
-        tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
+        tensors = [*self._parameters, *(buffer for module in self.modules for buffer in module.buffers())]
         kept, before = self._snapshot, [tensor.detach().clone() for tensor in tensors]
         with torch.no_grad():
             for tensor in tensors:
                 if tensor.is_floating_point():
                     tensor.nan_to_num_(0.0, 0.0, 0.0)
-            self._snapshot = Snapshot(self.modules)
-            self._snapshot.take()
+        self._snapshot = Snapshot(self.modules)
+        self._snapshot.take()
+        try:
             yield
-            for tensor, copy in zip(tensors, before, strict=True):
-                tensor.copy_(copy)
+        finally:
+            with torch.no_grad():
+                for tensor, copy in zip(tensors, before, strict=True):
+                    tensor.copy_(copy)
             self._snapshot = kept
 
     def traced(self, batch: Any) -> Traced:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor
 
 from stabletrain.augmentation import Unchanged
-from stabletrain.build import PartFailed, build
+from stabletrain.build import PartFailed
 from stabletrain.config.changed import changed
 from stabletrain.data import Microbatch, Splits
+from stabletrain.doctor.built import built
+from stabletrain.doctor.origin import Traced
 from stabletrain.doctor.samples import chosen, guilty
-from stabletrain.doctor.trace import Traced, first_bad, trace
+from stabletrain.doctor.trace import first_bad, trace
 from stabletrain.errors import ConfigurationError
 from stabletrain.incident import Incident, load_incident
 from stabletrain.incident.statistics import named_tensors
@@ -29,7 +30,7 @@ from stabletrain.trainer.salvage import bad_inputs
 from stabletrain.trainer.step import forward_backward
 from stabletrain.tree import map_tensors
 
-QUIET = ("tracking=none", "checkpoint=none", "parallel=none")
+QUIET = ("tracking=none", "checkpoint=none")
 
 
 class IncidentData(torch.utils.data.Dataset[Any]):
@@ -79,22 +80,16 @@ def run_of(incident: Incident, folder: Path, overrides: Sequence[str] = ()) -> I
             "the incident holds no settings, as it is of a run that was put together in Python; give "
             "stabletrain.diagnose the model, the loss and the batch."
         )
-    values = {**changed(incident.settings, [*QUIET, *overrides]), "resume": "never", "init_from": None}
+    values = {**changed(incident.settings, [*QUIET, *overrides]), "init_from": None}
     # A list of samples to leave out changes nothing about this step, and may be gone.
     values["guard"] = {name: value for name, value in values["guard"].items() if name != "quarantine"}
-    with tempfile.TemporaryDirectory() as place:
-        at_hand = True
+    stand_in = {"_target_": "stabletrain.doctor.replaying.incident_data", "folder": str(folder)}
+    with ExitStack() as stack:
         try:
-            run = build(values, Path(place, "run"))
+            run, at_hand = stack.enter_context(built(values)), True
         except (ConfigurationError, PartFailed, OSError):
-            at_hand = False
-            stand_in = {"_target_": "stabletrain.doctor.replaying.incident_data", "folder": str(folder)}
-            run = build({**values, "data": stand_in}, Path(place, "again"))
-        try:
-            yield run, at_hand
-        finally:
-            if run.folder is not None:
-                run.folder.close()
+            run, at_hand = stack.enter_context(built({**values, "data": stand_in})), False
+        yield run, at_hand
 
 
 @dataclass

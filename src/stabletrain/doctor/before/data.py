@@ -133,6 +133,14 @@ def broken_samples(found: Scan, config: dict[str, Any], classes: int | None) -> 
             evidence=shortened(found.unbatched),
             advice="Give the samples one shape, or the data set a method collate(samples).",
         )
+    yield from _broken_labels(found, config, classes)
+    if found.zero and len(found.zero) < found.samples:
+        yield _finding(
+            found, found.zero, severity="note", check="all_zero", what="samples whose inputs are all 0", advice=""
+        )
+
+
+def _broken_labels(found: Scan, config: dict[str, Any], classes: int | None) -> Iterator[Finding]:
     wrong = [index for index, label in found.labels.items() if not _allowed(label, classes)]
     if wrong and (classes is not None or min(found.labels.values()) < 0):
         labels = sorted({found.labels[index] for index in wrong})
@@ -157,10 +165,6 @@ def broken_samples(found: Scan, config: dict[str, Any], classes: int | None) -> 
             what="labels that are no distribution over the classes",
             evidence="they hold a negative share, or don't sum to 1",
             advice="Divide each label by its sum, if it is meant as a distribution.",
-        )
-    if found.zero and len(found.zero) < found.samples:
-        yield _finding(
-            found, found.zero, severity="note", check="all_zero", what="samples whose inputs are all 0", advice=""
         )
 
 

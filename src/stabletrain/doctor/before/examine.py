@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stabletrain.build import PartFailed, build, build_data, build_undivided
+from stabletrain.build import PartFailed, build_data, build_undivided
 from stabletrain.data import OrderedLoader
 from stabletrain.doctor.before.data import broken_samples, examine_data, input_limit
 from stabletrain.doctor.before.edges import examine_edges
@@ -24,10 +22,10 @@ from stabletrain.doctor.before.rate import examine_rate
 from stabletrain.doctor.before.scan import scan
 from stabletrain.doctor.before.settings import examine_settings
 from stabletrain.doctor.before.subject import Subject, inputs_of
+from stabletrain.doctor.built import built
 from stabletrain.errors import ConfigurationError
 from stabletrain.randomness import key, keyed_all
 from stabletrain.task import Classification
-from stabletrain.trainer import Run
 
 SMALL_MODEL = 1_000_000  # parameters
 
@@ -101,19 +99,6 @@ def _threads(subject: Subject) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def built(config: dict[str, Any]) -> Iterator[Run]:
-    """Build a run of one process whose folder is temporary, and close it afterwards."""
-    alone = {**config, "parallel": {"_target_": "stabletrain.parallel.SingleProcess"}, "resume": "auto"}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        run = build(alone, Path(folder, "run"))
-        if run.folder is not None:
-            stack.callback(run.folder.close)
-        stack.callback(run.fault.close)
-        stack.callback(run.tracker.close)
-        yield run
 
 
 def undivided(config: dict[str, Any], *, progress: bool = True) -> list[Finding]:

@@ -16,6 +16,7 @@ from stabletrain.folder import json_text, write_whole
 Severity = Literal["broken", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("broken", "warning", "note")  # the worst one first
 EXIT_CODES = {"broken": 3, "warning": 1, "note": 0}
+VERDICTS = {0: "clean", 1: "warnings", 3: "broken"}  # by exit code
 FILE_NAME = "doctor.json"
 _COLORS = {"broken": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -97,8 +98,7 @@ class Report:
             for severity, count in counts.items()
             if count > 0
         )
-        word = {0: "clean", 1: "warnings", 3: "broken"}[self.code]
-        return f"{word}: {said or 'nothing found'} ({self.seconds:.1f} s)"
+        return f"{VERDICTS[self.code]}: {said or 'nothing found'} ({self.seconds:.1f} s)"
 
     def write(self, to: Path | str | None = None) -> Path:
         """Write `doctor.json`.
@@ -116,7 +116,7 @@ class Report:
         path = path if path.suffix == ".json" else path / FILE_NAME
         content = {
             "subject": self.subject,
-            "verdict": {0: "clean", 1: "warnings", 3: "broken"}[self.code],
+            "verdict": VERDICTS[self.code],
             "exit_code": self.code,
             "findings": [asdict(finding) for finding in self.sorted()],
             "facts": self.facts,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from stabletrain.doctor.before.findings import Finding, listed
 from stabletrain.doctor.before.observe import Observation
 from stabletrain.doctor.before.subject import Subject, targets_of
+from stabletrain.doctor.gain import gain
 from stabletrain.tree import local
 
-# Standard deviation of a weight times the root of its inputs: 0.58 in torch's linear layers, 1.4 in He's scheme.
 LARGEST_GAIN, SMALLEST_GAIN = 5.0, 1e-3
 HUGE = 1e6  # no scheme draws such a weight
 WIDE_LOGITS = 10.0
@@ -92,12 +92,12 @@ def _initialised(model: nn.Module, skip: set[str]) -> Iterator[Finding]:
 
 def _scaled(name: str, values: Tensor) -> Iterator[Finding]:
     inputs = values[0].numel()
-    gain = float(values.double().square().mean().sqrt()) * math.sqrt(inputs)
-    if gain > LARGEST_GAIN or 0 < gain < SMALLEST_GAIN:
+    found = gain(values)
+    if found > LARGEST_GAIN or 0 < found < SMALLEST_GAIN:
         yield _warning(
             "scale",
-            f"{name} is scaled too {'high' if gain > 1 else 'low'}",
-            f"root mean square {gain / math.sqrt(inputs):.3g} with {inputs} inputs: {gain:.3g} times 1/sqrt(inputs), "
+            f"{name} is scaled too {'high' if found > 1 else 'low'}",
+            f"root mean square {found / math.sqrt(inputs):.3g} with {inputs} inputs: {found:.3g} times 1/sqrt(inputs), "
             "where 0.5 to 1.5 keeps the signal's size",
             f"Draw it with a standard deviation of about {1 / math.sqrt(inputs):.2g} (torch.nn.init.kaiming_normal_).",
         )

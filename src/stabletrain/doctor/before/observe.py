@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stabletrain.doctor.before.subject import Subject
+from stabletrain.finite import is_finite
 from stabletrain.precision import Precision
 from stabletrain.randomness import key, keyed_all
 from stabletrain.tree import tensors
@@ -66,11 +67,7 @@ class Observation:
 
     def bad_gradients(self) -> list[str]:
         """Return the parameters whose gradient isn't finite."""
-        return [
-            name
-            for name, gradient in self.gradients.items()
-            if gradient is not None and not bool(torch.isfinite(_dense(gradient)).all())
-        ]
+        return [name for name, gradient in self.gradients.items() if gradient is not None and not is_finite(gradient)]
 
     def first_bad_module(self) -> str | None:
         """Return the first module that put out something that isn't finite."""
@@ -142,16 +139,12 @@ def _backward(model: nn.Module, loss: Tensor, precision: Precision) -> float:
         model.zero_grad(set_to_none=True)
         (loss * scale).backward(retain_graph=True)  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if scale <= 1.0 or all(bool(torch.isfinite(_dense(gradient)).all()) for gradient in gradients):
+        if scale <= 1.0 or all(is_finite(gradient) for gradient in gradients):
             break
         scale = max(1.0, scale / 16)
     for gradient in gradients:
         gradient.div_(scale)
     return scale
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 @contextmanager
