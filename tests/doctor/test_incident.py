@@ -166,6 +166,51 @@ def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and wrong.stderr.startswith("stabletrain: the incident nowhere can't be used")
 
 
+WIDE = """
+import torch
+
+class Wide(torch.nn.Module):
+    \"\"\"Sums squares in the format of its product: more of them than float16 can hold, in validation.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(30, 2)
+
+    def forward(self, inputs):
+        outputs = self.inner(inputs)
+        return outputs if self.training else outputs + (outputs * 0 + 300) * 300
+"""
+
+
+def test_a_validation_that_only_the_reduced_format_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(WIDE)
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/wide.yaml").write_text("_target_: mine.Wide\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    words = ["--config-dir", "conf", "model=wide", "precision=fp16", "guard=skip"]
+    found = diagnosed(tmp_path, words)
+    assert (found.reproduced, found.cause, list(found.samples)) == ("yes", "overflow", [])
+    assert found.operation is not None and found.operation.code.endswith("(outputs * 0 + 300) * 300")
+    held = [remedy.override for remedy in found.remedies if remedy.held]
+    assert held[:2] == ["precision=bf16", "precision=fp32"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "held"),
+    [("nan_gradient", "unknown", "fault=none"), ("nan_weight", "weights", "resume=")],
+)
+def test_what_is_no_operation_has_a_remedy_too(fault: str, cause: str, held: str, tmp_path: Path) -> None:
+    found = diagnosed(tmp_path, [f"+fault={fault}", "fault.at=15", "guard=raise"])
+    assert (found.cause, "the run rehearses a fault" in found.evidence[-1]) == (cause, True)
+    [only] = [remedy for remedy in found.remedies if remedy.held]
+    assert only.override.startswith(held) and only.tried_updates > 1
+    if held == "resume=":
+        words = [word for word in shlex.split(found.command)[1:] if "fault" not in word]
+        again = run([sys.executable, *words], tmp_path)
+        assert again.returncode == 0, again.stderr
+
+
 def test_no_diagnosis_where_it_is_not_wanted(tmp_path: Path) -> None:
     code, said = trained(tmp_path, "+fault=nan_input", "fault.at=4", "guard=raise", "doctor.time_limit=0")
     assert code == 3 and "to do:" not in said

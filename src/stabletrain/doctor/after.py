@@ -15,7 +15,7 @@ from stabletrain.config import group_names, option_names
 from stabletrain.doctor.cause import Facts, classify
 from stabletrain.doctor.diagnosis import Cause, Confidence, Diagnosis
 from stabletrain.doctor.origin import Traced
-from stabletrain.doctor.remedies import tried_remedies
+from stabletrain.doctor.remedies import is_rehearsed, tried_remedies
 from stabletrain.doctor.replaying import Replay, run_of
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import json_text, write_whole
@@ -54,7 +54,14 @@ def diagnose_incident(folder: Path | str, *, time_limit: float = 60.0, all_remed
         replayed = replay(run, incident)
         found = _looked_into(Replay(run, incident), replayed, begun + time_limit / 2)
     if found.cause not in (None, "not_reproducible"):
-        tried = tried_remedies(incident, folder, list(found.samples), begun + time_limit, all_remedies=all_remedies)
+        tried = tried_remedies(
+            incident,
+            folder,
+            list(found.samples),
+            begun + time_limit,
+            all_remedies=all_remedies,
+            bad_state=found.cause in ("weights", "optimizer"),
+        )
         held = next((remedy for remedy in tried if remedy.held), None)
         going_on = _command(incident, folder, held.override) if held is not None else ""
         found = replace(found, remedies=tried, command=going_on)
@@ -68,6 +75,8 @@ def _looked_into(attempt: Replay, replayed: Replayed, end: float) -> Diagnosis:
     incident = attempt.incident
     reproduced = replayed.reproduces(incident)
     differences = [f"another machine: {said}" for said in replayed.differences]
+    if is_rehearsed(incident):
+        differences.append(f"the run rehearses a fault: {incident.settings['fault']['_target_'].rpartition('.')[2]}")
     if reproduced == "no":
         why = "the step is healthy from the same state: hardware or an operation that isn't deterministic is suspected"
         return Diagnosis(reproduced="no", cause="not_reproducible", confidence="medium", evidence=(why, *differences))
@@ -114,6 +123,8 @@ def _cause(attempt: Replay, facts: Facts, replayed: Replayed) -> tuple[Cause, Co
     if facts.traced.reached is None:
         if facts.samples:
             return "data", "medium", (f"{replayed.detail}; without these samples the step is like the others",)
+        if incident.kind == "validation":
+            return "unknown", "low", (f"{replayed.detail}; the loss of each batch is finite",)
         return "learning_rate", "low", (f"{replayed.detail}; everything is finite, and no sample is to blame",)
     cause, confidence, evidence = classify(facts)
     outside = cause in ("data", "label", "weights", "initialization")

@@ -14,6 +14,8 @@ import torch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MACHINERY = [str(_PACKAGE / name) for name in ("doctor", "guard", "trainer", "assembly.py", "__main__.py")]
+# From these a step is run: frames further out have nothing to do with it.
+_CALLERS = tuple(str(_PACKAGE / name) for name in ("trainer/step.py", "doctor/notebook.py", "doctor/replaying.py"))
 _LIBRARIES = [str(Path(torch.__file__).parent), *site.getsitepackages(), "<"]
 _LIBRARIES += [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib")]
 _SHORT = {  # what people call what torch calls otherwise
@@ -82,6 +84,8 @@ def _users_place(frame: Any, *, inside_backward: bool) -> tuple[str, int] | None
         file = frame.f_code.co_filename
         if inside_backward and frame.f_code.co_name == "_engine_run_backward":
             return ours
+        if file in _CALLERS:
+            return ours
         rank = _rank(file)
         if rank == 2:
             return file, frame.f_lineno
@@ -98,6 +102,8 @@ def _place_in(lines: Sequence[str]) -> tuple[str, int] | None:
         found = re.match(r'\s*File "(.+)", line (\d+)', text)
         if found is None:
             continue
+        if found[1] in _CALLERS:
+            return ours
         rank = _rank(found[1])
         if rank == 2:
             return found[1], int(found[2])

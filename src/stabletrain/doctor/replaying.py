@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,16 +15,18 @@ from torch import Tensor
 
 from stabletrain.augmentation import Unchanged
 from stabletrain.build import PartFailed
+from stabletrain.checkpoint.files import STATE_NAME, read_files, read_manifest
 from stabletrain.config.changed import changed
 from stabletrain.data import Microbatch, Splits
 from stabletrain.doctor.built import built
 from stabletrain.doctor.origin import Traced
 from stabletrain.doctor.samples import chosen, guilty
-from stabletrain.doctor.trace import first_bad, trace
+from stabletrain.doctor.trace import trace
 from stabletrain.errors import ConfigurationError
 from stabletrain.incident import Incident, load_incident
 from stabletrain.incident.statistics import named_tensors
 from stabletrain.optimizer import set_learning_rate
+from stabletrain.trainer.evaluation import evaluate
 from stabletrain.trainer.replay import at_incident
 from stabletrain.trainer.run import Run, Step
 from stabletrain.trainer.salvage import bad_inputs
@@ -138,14 +141,14 @@ class Replay:
         """Whether the guard would reject a step that begins here."""
         self.run.guard.begin()
         try:
+            if self.incident.kind == "validation":
+                bad = not self._is_valid(step)
+                self.run.guard.discard()
+                return bad
             losses = self._losses(step)
         except (RuntimeError, ValueError, IndexError):  # too few samples for what the model does
             self.run.guard.discard()
             return False
-        if self.incident.kind == "validation":
-            bad = first_bad(losses, [self.run.model]) is not None
-            self.run.guard.discard()
-            return bad
         return self.run.guard.attempt(losses, commit=False, alone=True).reason is not None
 
     def indices(self) -> list[int]:
@@ -164,7 +167,14 @@ class Replay:
             self.run.augmentation = before
 
     def goes_on(
-        self, updates: int, at_hand: bool, end: float, *, rate: float | None = None, without: Sequence[int] = ()
+        self,
+        updates: int,
+        at_hand: bool,
+        end: float,
+        *,
+        rate: float | None = None,
+        without: Sequence[int] = (),
+        state: Path | None = None,
     ) -> tuple[bool, int]:
         """Apply the step and some that follow it, and put everything back.
 
@@ -174,6 +184,7 @@ class Replay:
             end: by `time.monotonic`; nothing is begun after it.
             rate: learning rate to use; None: the run's.
             without: places of samples that the step leaves out.
+            state: checkpoint whose weights and optimizer the step begins with; None: the incident's.
 
         Returns:
             Whether all of them were healthy, and how many there were, the incident's included.
@@ -182,6 +193,10 @@ class Replay:
         with at_incident(run, self.incident) as step:
             if without:
                 step = _reduced(step, [place for place in range(len(step.indices())) if place not in set(without)])
+            if state is not None:
+                learned = read_files(read_manifest(state))[STATE_NAME]
+                run.model.load_state_dict(learned["model"])
+                run.optimizer.load_state_dict(learned["optimizer"])
             if self.incident.kind == "validation":
                 return not self.is_bad(step), 0
             if rate is not None:
@@ -208,6 +223,11 @@ class Replay:
         batches = loader.epoch(step.epoch, step.index + 1, self.run.quarantine.frozen)
         for number, microbatches in zip(range(1, updates + 1), batches, strict=False):
             yield replace(step, index=step.index + number, number=step.number + number, microbatches=microbatches)
+
+    def _is_valid(self, step: Step) -> bool:
+        """Whether all metrics of a validation are finite."""
+        metrics = evaluate(self.run, [microbatch for microbatch in step.microbatches if len(microbatch.indices) > 0])
+        return all(map(math.isfinite, self.run.fault.validation(self.run.progress.steps, metrics).values()))
 
     def _losses(self, step: Step) -> list[Tensor]:
         if self.incident.kind != "validation":

@@ -54,25 +54,28 @@ def _state_of(model: nn.Module) -> str:
 
 
 def _look_closer(run: Run, metrics: dict[str, float]) -> str:
-    """Measure again in float32, name the samples that are not finite by themselves, and keep what was found."""
+    """Name the samples that are not finite by themselves, measure again in float32, and keep what was found."""
     assert run.validation is not None
-    reduced, run.precision = run.precision, Precision("float32", device=run.device)
-    try:
-        again = evaluate(run, run.validation)
-        if _is_finite(again):
-            return "in float32 it is finite"
-        suspects = [batch for batch in run.validation if not _is_finite(evaluate(run, [batch]))]
-        samples = [
-            index
-            for batch in suspects
-            for index in batch.indices.tolist()
-            if not _is_finite(evaluate(run, [run.validation.read([index])]))
-        ]
-    finally:
-        run.precision = reduced
+    suspects = [batch for batch in run.validation if not _is_finite(evaluate(run, [batch]))]
+    samples = [
+        index
+        for batch in suspects
+        for index in batch.indices.tolist()
+        if not _is_finite(evaluate(run, [run.validation.read([index])]))
+    ]
     if run.incidents is not None and run.ranks.first:
         odd = [{"index": i, "odd": what_is_odd(run.validation.read([i]).data)} for i in samples]
-        run.incidents.record(incident_of_validation(run, metrics, suspects, odd))
+        # Where it is finite this time, one batch is enough for the doctor to say so.
+        seen = suspects or [next(iter(run.validation))]
+        run.incidents.record(incident_of_validation(run, metrics, seen, odd))
+    if not suspects:
+        return "measured again, it is finite"
+    reduced, run.precision = run.precision, Precision("float32", device=run.device)
+    try:
+        if all(_is_finite(evaluate(run, [batch])) for batch in suspects):
+            return "in float32 it is finite"
+    finally:
+        run.precision = reduced
     shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
     return f"in float32 too; validation samples that are not finite on their own: {shown or 'none'}"
 
