@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import inspect
 import io
+import itertools
 import re
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -29,29 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from catalogue.case import Built, Case, guilty_lines, right_operation
 from catalogue.collection import CASES, HEALTHY
+from catalogue.experiments import EXPERIMENTS, PRESETS, step_of
+from catalogue.judge import judged
 from stabletrain import diagnose
 from stabletrain.doctor.trace import trace
 from stabletrain.incident.statistics import named_tensors
-
-
-def doctor(case: Case, built: Built) -> dict[str, bool]:
-    """What the doctor says, against what is true."""
-    found = diagnose(built.model, built.loss, built.batch)
-    operation, (file, lines) = found.operation, guilty_lines(case)
-    if operation is None or not case.operations:
-        place = line = operation is None and not case.operations
-    else:
-        place = right_operation(case, operation.name) and operation.in_backward == case.in_backward
-        line = operation.file == file and operation.line in lines
-    cause = found.cause in case.causes
-    return {
-        "operation": place,
-        "line": line,
-        "samples": sorted(found.samples) == built.samples,
-        "cause": cause,
-        "sure and wrong": found.confidence == "high" and not cause,
-        "a remedy holds": any(remedy.held for remedy in found.remedies),
-    }
 
 
 def anomaly_detection(case: Case, built: Built) -> tuple[bool, bool]:
@@ -111,6 +95,12 @@ def slower(built: Built) -> float:
     return statistics.median(traced for _, traced in pairs) / statistics.median(plain for plain, _ in pairs)
 
 
+def alarms(healthy: list[Built]) -> str:
+    """Return how many of these steps the doctor takes for bad ones."""
+    wrong = sum(diagnose(built.model, built.loss, built.batch).cause is not None for built in healthy)
+    return f"{wrong} false alarms in {len(healthy)}"
+
+
 def mark(right: int, of: int) -> str:
     """Return how many of the seeds are right."""
     return "yes" if right == of else "no" if right == 0 else f"{right} of {of}"
@@ -123,15 +113,17 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    names = ["operation", "line", "samples", "cause", "sure and wrong", "a remedy holds"]
+    names = {name: name for name in ("operation", "line", "samples", "cause")}
+    names |= {"sure and wrong": "sure_and_wrong", "a remedy holds": "cured"}
     others = ["anomaly: operation", "anomaly: line", "hooks: module"]
     totals, factors = dict.fromkeys([*names, *others], 0), []
     print(f"| case | {' | '.join([*names, *others])} | time |\n|{' --- |' * (len(names) + len(others) + 2)}")
     for case in CASES:
         counts = dict.fromkeys([*names, *others], 0)
         for seed in seeds:
-            for name, value in doctor(case, case.build(seed)).items():
-                counts[name] += value
+            answers = judged(case, seed)
+            for name, answer in names.items():
+                counts[name] += getattr(answers, answer)
             operation, line = anomaly_detection(case, case.build(seed))
             found = dict(zip(others, (operation, line, module_hooks(case, case.build(seed))), strict=True))
             for name, value in found.items():
@@ -145,9 +137,11 @@ def main() -> None:
     print(f"\n{len(CASES)} cases x {len(seeds)} seeds: {shares}")
     usual = statistics.median(factors)
     print(f"a traced step takes {usual:.1f} times as long ({min(factors):.1f} to {max(factors):.1f})")
-    controls = [case.build(seed) for case in HEALTHY for seed in seeds]
-    alarms = sum(diagnose(built.model, built.loss, built.batch).cause is not None for built in controls)
-    print(f"healthy controls: {alarms} false alarms in {len(controls)}")
+    print(f"healthy controls: {alarms([case.build(seed) for case in HEALTHY for seed in seeds])}")
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        runs = list(itertools.product(EXPERIMENTS, PRESETS, seeds))
+        steps = [step_of(*one, Path(folder, str(number))) for number, one in enumerate(runs)]
+    print(f"our experiments with each preset: {alarms(steps)}")
 
 
 if __name__ == "__main__":

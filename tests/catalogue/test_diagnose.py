@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from stabletrain import Diagnosis, diagnose
 
-from .case import Case, guilty_lines, right_operation
+from .case import Case
 from .collection import CASES, HEALTHY
+from .experiments import EXPERIMENTS, PRESETS, step_of
+from .judge import Judged, judged
 
 SEEDS = (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Judged:
-    name: str
-    operation: bool
-    line: bool
-    samples: bool
-    cause: bool
-    sure: bool
-    cured: bool
-
-
-def judged(case: Case, seed: int) -> Judged:
-    built = case.build(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the cases do is their affair
-        found = diagnose(built.model, built.loss, built.batch)
-    file, lines = guilty_lines(case)
-    operation = found.operation
-    if operation is None or not case.operations:
-        right_place = right_line = operation is None and not case.operations
-    else:
-        right_place = right_operation(case, operation.name) and operation.in_backward == case.in_backward
-        right_line = operation.file == file and operation.line in lines
-    return Judged(
-        name=f"{case.name}-{seed}: {found}",
-        operation=right_place,
-        line=right_line,
-        samples=sorted(found.samples) == built.samples,
-        cause=found.cause in case.causes,
-        sure=found.confidence == "high",
-        cured=any(remedy.held for remedy in found.remedies),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +25,12 @@ def results() -> list[Judged]:
     ("what", "least"), [("operation", 0.97), ("line", 0.97), ("samples", 0.95), ("cause", 0.9), ("cured", 0.85)]
 )
 def test_the_share_that_is_right(what: str, least: float, results: list[Judged]) -> None:
-    wrong = [one.name for one in results if not getattr(one, what)]
+    wrong = [one.said for one in results if not getattr(one, what)]
     assert len(wrong) <= (1 - least) * len(results), "\n\n".join(wrong)
 
 
 def test_few_are_wrong_and_sure(results: list[Judged]) -> None:
-    wrong = [one.name for one in results if one.sure and not one.cause]
+    wrong = [one.said for one in results if one.sure_and_wrong]
     assert len(wrong) <= 0.05 * len(results), "\n\n".join(wrong)
 
 
@@ -72,4 +39,13 @@ def test_few_are_wrong_and_sure(results: list[Judged]) -> None:
 def test_no_false_alarm(case: Case, seed: int) -> None:
     built = case.build(seed)
     found: Diagnosis = diagnose(built.model, built.loss, built.batch)
+    assert found.cause is None, found
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_false_alarm_in_an_experiment(experiment: str, preset: str, seed: int, tmp_path: Path) -> None:
+    built = step_of(experiment, preset, seed, tmp_path)
+    found = diagnose(built.model, built.loss, built.batch)
     assert found.cause is None, found
