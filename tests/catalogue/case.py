@@ -21,7 +21,7 @@ GUILTY = "# guilty"
 
 # Spellings of one and the same operation: as Python calls it, as autograd calls it, as the dispatcher calls it.
 SPELLINGS = {
-    "div": ("truediv", "itruediv", "rtruediv", "true_divide", "divide", "reciprocal"),
+    "div": ("truediv", "itruediv", "rtruediv", "rdiv", "true_divide", "divide", "reciprocal"),
     "mul": ("imul", "rmul", "multiply"),
     "add": ("iadd", "radd"),
     "sub": ("isub", "rsub", "subtract"),
@@ -42,6 +42,15 @@ SPELLINGS = {
     "max": ("amax",),
     "min": ("amin",),
     "acos": ("arccos",),
+    "acosh": ("arccosh",),
+    "atanh": ("arctanh",),
+    "atan2": ("arctan2",),
+    "erfinv": ("special_erfinv",),
+    "entr": ("special_entr",),
+    "lgamma": ("special_gammaln",),
+    "log1p": ("special_log1p",),
+    "logdet": ("slogdet", "linalg_slogdet"),
+    "to": ("to_copy", "half", "bfloat16", "float", "double", "type"),
     "scaled_dot_product_attention": ("scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_attention_math"),
 }
 CANONICAL = {spelling: name for name, spellings in SPELLINGS.items() for spelling in spellings}

@@ -6,9 +6,18 @@ from typing import get_args
 
 from stabletrain.doctor.diagnosis import Cause
 
+from .attention import ATTENTION
+from .controls import CONTROLS
+from .derivatives import DERIVATIVES
 from .frozen import FROZEN
-from .healthy import HEALTHY
+from .half_precision import HALF_PRECISION
+from .healthy import HEALTHY as FIRST_HEALTHY
+from .inputs import INPUTS
+from .objectives import OBJECTIVES
+from .states import STATES
+from .updates import UPDATES
 
 CAUSES = frozenset(get_args(Cause))
-CASES = [*FROZEN]
+CASES = [*FROZEN, *INPUTS, *ATTENTION, *OBJECTIVES, *DERIVATIVES, *HALF_PRECISION, *STATES, *UPDATES]
+HEALTHY = [*FIRST_HEALTHY, *CONTROLS]
 __all__ = ["CASES", "CAUSES", "FROZEN", "HEALTHY"]

@@ -35,7 +35,7 @@ def left(built: Built, samples: list[int]) -> bool:
 def test_there_are_enough_distinct_cases():
     names = [case.name for case in (*CASES, *HEALTHY)]
     assert len(set(names)) == len(names)
-    assert len(FROZEN) >= 20 and len(HEALTHY) >= 10
+    assert len(FROZEN) >= 20 and len(CASES) >= 60 and len(HEALTHY) >= 30
     assert {case.name for case in FROZEN} <= {case.name for case in CASES}
     for case in CASES:
         assert 1 <= len(case.causes) <= 2 and case.causes <= CAUSES

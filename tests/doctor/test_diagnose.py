@@ -110,6 +110,66 @@ def test_a_bad_parameter_is_the_source() -> None:
     assert [remedy.held for remedy in found.remedies] == [True]
 
 
+def _random_gamma(model: nn.Module, batch: Tensor) -> Tensor:
+    seen = batch * torch.rand(len(batch), 1)
+    return model(seen / seen.abs().sum(1, keepdim=True)).mean()
+
+
+def _share_of_positives(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss = F.binary_cross_entropy_with_logits(model(batch[0]).squeeze(1), batch[1], reduction="none")
+    return (loss * batch[1]).sum() / batch[1].sum()
+
+
+def _margin(model: nn.Module, batch: Tensor) -> Tensor:
+    violation = model(batch).squeeze(1) - 1e3
+    return violation[violation > 0].mean()
+
+
+def _scaled_by_state(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) / model.scale).mean()
+
+
+def _with_scale(buffer: bool) -> nn.Module:
+    model = nn.Linear(4, 1)
+    if buffer:
+        model.register_buffer("scale", torch.zeros(1))
+    else:
+        model.scale = nn.Parameter(torch.zeros(1))
+    return model
+
+
+def _after_a_large_step() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e14)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("cause", "model", "loss", "batch"),
+    [
+        (
+            "augmentation",
+            nn.Linear(4, 1),
+            _random_gamma,
+            changed(INPUTS, *((2, column) for column in range(4)), value=0),
+        ),
+        ("domain", nn.Linear(4, 1), lambda model, batch: (model(batch) / (batch[0, 0] - batch[0, 0])).mean(), INPUTS),
+        ("label", nn.Linear(4, 1), _share_of_positives, (INPUTS, torch.zeros(8))),
+        ("loss_setting", nn.Linear(4, 1), _margin, INPUTS),
+        ("weights", _with_scale(buffer=False), _scaled_by_state, INPUTS),
+        ("initialization", _with_scale(buffer=True), _scaled_by_state, INPUTS),
+        ("weights", _after_a_large_step(), lambda model, batch: model(batch).square().mean(), INPUTS),
+    ],
+    ids=["augmentation", "domain", "labels alone", "empty choice", "parameter", "buffer", "large step"],
+)
+def test_what_a_bad_value_is_made_of_decides_the_cause(
+    cause: str, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any
+) -> None:
+    assert stabletrain.diagnose(model, loss, batch).cause == cause
+
+
 def test_half_precision_that_overflows_is_cured_by_float32() -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.float16):

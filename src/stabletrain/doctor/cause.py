@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stabletrain.doctor.diagnosis import Cause, Confidence
 from stabletrain.doctor.gain import gain
-from stabletrain.doctor.origin import Origin, Traced
+from stabletrain.doctor.origin import RANDOM, SELECTIONS, Origin, Traced
 from stabletrain.doctor.samples import chosen
 from stabletrain.incident.statistics import named_tensors
 from stabletrain.quarantine import what_is_odd
@@ -40,7 +40,8 @@ DOMAINS = {
     *("linalg_cholesky_ex", "linalg_solve_ex", "linalg_det", "logdet", "log_normal"),
 }
 LOSSES = {"nll_loss", "ctc_loss", "binary_cross_entropy", "kl_div", "cross_entropy", "nll_loss_nd", "multi_margin_loss"}
-TOO_STRONG = 8.0  # gain of a weight that has left every scheme of initialisation
+TOO_STRONG = 8.0  # gain of a weight that explodes in a few layers
+ENORMOUS_GAIN, ENORMOUS_VALUE = 1e3, 1e6  # beyond what anybody initialises a weight with
 _LABEL_NAMES = re.compile(r"(^|[._])(y|label|labels|target|targets|truth|answer|answers)([._]|$)", re.IGNORECASE)
 _TEMPERATURE = re.compile(r"temp|tau\b|logit_scale|inv_scale|_t\b", re.IGNORECASE)
 
@@ -120,6 +121,14 @@ def _masked(origin: Origin, facts: Facts) -> Finding | None:
     return None
 
 
+def _augmentation(origin: Origin, facts: Facts) -> Finding | None:
+    roots = frozenset(root for one in origin.roots for root in one)
+    kinds = {root.partition(" ")[0] for root in roots - {RANDOM}}
+    if origin.in_backward or RANDOM not in roots or kinds != {"batch"}:
+        return None
+    return "augmentation", "medium", "the batch is changed at random, before any parameter of the model takes part"
+
+
 def _loss_setting(origin: Origin, facts: Facts) -> Finding | None:
     code, tensors = origin.code, _tensors(origin)
     if origin.name == "ctc_loss":
@@ -159,10 +168,13 @@ def _normalization(origin: Origin, facts: Facts) -> Finding | None:
 def _data(origin: Origin, facts: Facts) -> Finding | None:
     huge = _is_huge(facts)
     if huge is not None and origin.name not in SOFTMAXES:
-        return "data", "high", huge
-    empty = [item for item in _tensors(origin) if 0 in item["shape"]]
+        return "data", "high" if "inf" in huge else "medium", huge
+    empty = [number for number, item in enumerate(_tensors(origin)) if 0 in item["shape"]]
     if empty and origin.name in ("mean", "median", "std", "var", "div"):
-        return "data", "medium", "a mean over nothing: no element was selected"
+        kinds, made_of = _kinds(origin, empty[0], facts), origin.made_of[empty[0]] if origin.made_of else ()
+        if "parameter" in kinds and set(made_of[:1]) <= SELECTIONS:
+            return "loss_setting", "medium", "a mean over what the model's outputs select, which is nothing"
+        return "label" if kinds == {"label"} else "data", "medium", "a mean over nothing: no element was selected"
     return None
 
 
@@ -184,10 +196,12 @@ def _overflow(origin: Origin, facts: Facts) -> Finding | None:
         )
     if origin.name in ("exp", "expm1", "cosh", "sinh", "pow", "square", "softplus"):
         return "overflow", "high", f"{origin.name} of values up to {largest:.3g} is beyond what float32 can hold"
-    badly = _badly_scaled(facts.modules)
-    if badly is not None and facts.updates in (None, 0):
+    badly, beyond = _badly_scaled(facts.modules)
+    if facts.updates is None and beyond:
+        return "weights", "medium", f"{badly}, as no initialisation does, but a step that was too large"
+    if badly and facts.updates in (None, 0):
         return "initialization", "medium", badly
-    if badly is not None:
+    if badly:
         return "learning_rate", "medium", f"{badly}, after {facts.updates} updates"
     return "overflow", "medium", f"values up to {largest:.3g} go into {origin.name}"
 
@@ -202,7 +216,14 @@ def _domain(origin: Origin, facts: Facts) -> Finding | None:
     zeros, negative = (any(item.get(what, 0) > 0 for item in tensors) for what in ("zeros", "negative"))
     at = "at 0" if zeros else "of a negative number" if negative else "outside of its range"
     way = "the derivative of " if origin.in_backward else ""
-    return "domain", "high" if zeros or negative else "medium", f"{way}{origin.name} {at}"
+    what = f"{way}{origin.name} {at}"
+    kinds = _kinds(origin, -1 if origin.name in ("div", "floor_divide", "fmod", "remainder") else 0, facts)
+    if not origin.in_backward and kinds == {"label"}:
+        return "label", "medium", f"{what}, of what the labels alone decide"
+    if not origin.in_backward and kinds and kinds <= {"parameter", "buffer"}:
+        begun: Cause = "initialization" if facts.updates == 0 or "buffer" in kinds else "weights"
+        return begun, "medium", f"{what}, of what the model's state alone decides"
+    return "domain", "high" if zeros or negative else "medium", what
 
 
 def _product(origin: Origin, facts: Facts) -> Finding | None:
@@ -215,6 +236,7 @@ Rule = Callable[[Origin, Facts], "Finding | None"]
 RULES: tuple[Rule, ...] = (
     _from_outside,
     _masked,
+    _augmentation,
     _loss_setting,
     _normalization,
     _data,
@@ -267,12 +289,30 @@ def _range(batch: Any, count: int, samples: Sequence[int]) -> dict[str, float]:
     return found
 
 
-def _badly_scaled(modules: Sequence[nn.Module]) -> str | None:
-    """Name a weight matrix that multiplies what it is given by far more than 1."""
+def _badly_scaled(modules: Sequence[nn.Module]) -> tuple[str, bool]:
+    """Name a weight that is far too large, and say whether it is beyond any initialisation."""
+    found: list[tuple[float, str]] = []
     for name, parameter in _weights(modules):
-        if gain(parameter) > TOO_STRONG:
-            return f"{name} multiplies its input by about {gain(parameter):.3g}"
-    return None
+        found.append((gain(parameter), f"{name} multiplies its input by about {gain(parameter):.3g}"))
+    strongest, what = max(found, default=(0.0, ""))
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            largest = float(parameter.detach().abs().max()) if parameter.numel() > 0 else 0.0
+            if largest > ENORMOUS_VALUE:
+                return f"{name} holds numbers up to {largest:.3g}", True
+    return (what, strongest > ENORMOUS_GAIN) if strongest > TOO_STRONG else ("", False)
+
+
+def _kinds(origin: Origin, which: int, facts: Facts) -> set[str]:
+    """Return what one of the inputs is made of: `label`, `batch`, `parameter`, `buffer`, `random`."""
+    if not origin.roots:
+        return set()
+    kinds = set()
+    for root in origin.roots[which]:
+        kind, _, name = root.partition(" ")
+        unseen = root not in facts.traced.shown  # by the model, so that only the loss uses it
+        kinds.add("label" if kind == "batch" and (unseen or _is_label(name, facts.batch)) else kind)
+    return kinds
 
 
 def _weights(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:

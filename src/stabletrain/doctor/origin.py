@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from stabletrain.doctor.diagnosis import Operation
 
+RANDOM = "random numbers"
+SELECTIONS = {"index", "masked_select", "index_select"}
 Kind = Literal["operation", "batch", "parameter", "buffer", "constant", "uninitialised"]
 
 
@@ -29,6 +31,7 @@ class Origin:
         output: statistics of what came out.
         rows: places along the first dimension of the output that aren't finite.
         made_of: the operations that made each input, latest first.
+        roots: what each input is made of in the end: `batch 0`, `parameter head.weight`, `random numbers`.
         written: an infinity that the caller chose.
     """
 
@@ -45,6 +48,7 @@ class Origin:
     output: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
     made_of: tuple[tuple[str, ...], ...] = ()
+    roots: tuple[frozenset[str], ...] = ()
     written: bool = False
 
     def has_rows_of(self, count: int) -> bool:
@@ -62,6 +66,7 @@ class Traced:
         operations: how many were seen.
         losses: what the pass returned.
         error: that ended it.
+        shown: what of the batch, the parameters and the buffers the operations inside of modules were given.
     """
 
     reached: str | None
@@ -69,6 +74,7 @@ class Traced:
     operations: int
     losses: tuple[float, ...]
     error: Exception | None = None
+    shown: frozenset[str] = frozenset()
 
     @property
     def may_be_samples(self) -> bool:

@@ -50,6 +50,7 @@ def trace(
         operations=mode.number,
         losses=tuple(float(loss.detach()) for loss in losses),
         error=error,
+        shown=frozenset(mode.shown),
     )
 
 

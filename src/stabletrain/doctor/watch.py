@@ -12,7 +12,7 @@ from __future__ import annotations
 import linecache
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stabletrain.doctor.origin import Kind, Origin
+from stabletrain.doctor.origin import RANDOM, SELECTIONS, Kind, Origin
 from stabletrain.doctor.places import name_of_node, place, plain_name
 from stabletrain.finite import is_finite
 from stabletrain.incident.statistics import describe
@@ -80,7 +80,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # By storage, since views share one; the tensors are held, so that no other storage gets the same key.
         self._origins: dict[int, tuple[frozenset[int], Tensor]] = {}
         self._unwritten: dict[int, Tensor] = {}
-        self._histories: dict[int, History] = {}  # whatever gets a key that was freed writes its own
+        # Whatever gets a key that was freed writes its own.
+        self._histories: dict[int, History] = {}
+        self._roots: dict[int, frozenset[str]] = {}
+        self.shown: set[str] = set()  # of what is there before: what a module's operations were given
         self._sources = {_key(tensor): (kind, name) for kind, name, tensor in reversed(sources)}
         self._path: list[str] = []
 
@@ -100,11 +103,35 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.name == "lift_fresh":  # a constant of the user's
             for tensor in made.values():
                 self._histories.pop(_key(tensor), None)
+                self._roots.pop(_key(tensor), None)
         elif call.name not in ("detach", "alias") and not _is_view(func):
             for tensor in made.values():
                 if _is_floating(tensor):
                     self._look(call, tensor)
+            self._trace_back(call, made.values())
         return outputs
+
+    def _trace_back(self, call: _Call, made: Iterable[Tensor]) -> None:
+        """Note by which operations, and of what that was there before, each output is made."""
+        # Of values of which none was taken only the choice matters.
+        chosen = plain_name(call.name) in SELECTIONS and all(one.numel() == 0 for one in made)
+        given = [tensor for tensor, _ in call.inputs][1 if chosen else 0 :]
+        roots = frozenset(root for tensor in given for root in self._roots_of(tensor))
+        if torch.Tag.nondeterministic_seeded in call.func.tags:
+            roots |= {RANDOM}
+        if self._path:
+            self.shown |= {root for tensor in given for root in self._roots_of(tensor)}
+        for tensor in made:
+            where = _key(tensor)
+            parents = [self._history(tensor) for tensor, _ in call.inputs if _key(tensor) != where]
+            self._histories[where] = plain_name(call.name), tuple(parents[:3])
+            self._roots[where] = roots
+
+    def _roots_of(self, tensor: Tensor) -> frozenset[str]:
+        where = _key(tensor)
+        if where in self._sources and where not in self._roots:
+            return frozenset({" ".join(self._sources[where])})
+        return self._roots.get(where, frozenset())
 
     def _look(self, call: _Call, output: Tensor) -> None:
         where = _key(output)
@@ -113,8 +140,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._unwritten[where] = output
             return
         self._unwritten.pop(where, None)
-        parents = [self._history(tensor) for tensor, _ in call.inputs if _key(tensor) != where]
-        self._histories[where] = plain_name(call.name), tuple(parents[:3])
         if is_finite(output):
             if not _is_part(output):
                 self._origins.pop(where, None)
@@ -156,6 +181,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 output=_describe(output),
                 rows=_bad_rows(output),
                 made_of=tuple(tuple(_names(self._history(tensor))) for tensor, _ in call.inputs),
+                roots=tuple(self._roots_of(tensor) for tensor, _ in call.inputs),
                 written=written,
             )
         )
