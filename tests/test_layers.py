@@ -43,6 +43,7 @@ LAYERS = (
     {"trainer", "integrations"},
     {"assembly"},
     {"build", "config"},
+    {"messages"},
     {"doctor", "export", "sweep"},
     {"__main__"},
 )

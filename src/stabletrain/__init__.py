@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stabletrain import safe
     from stabletrain.assembly import assemble, fit
-    from stabletrain.doctor import Diagnosis, diagnose
+    from stabletrain.doctor.diagnosis import Diagnosis
+    from stabletrain.doctor.notebook import diagnose
     from stabletrain.errors import ConfigurationError, Interrupted, UnstableTraining
     from stabletrain.export import load_model
     from stabletrain.guard import Policy, StepGuard, Verdict
@@ -22,8 +23,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "assemble": "stabletrain.assembly",
     "fit": "stabletrain.assembly",
-    "Diagnosis": "stabletrain.doctor",
-    "diagnose": "stabletrain.doctor",
+    "Diagnosis": "stabletrain.doctor.diagnosis",
+    "diagnose": "stabletrain.doctor.notebook",
     "ConfigurationError": "stabletrain.errors",
     "Interrupted": "stabletrain.errors",
     "UnstableTraining": "stabletrain.errors",

@@ -7,6 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from stabletrain.config.compose import compose as compose
+from stabletrain.config.compose import see_users_folder as see_users_folder
 from stabletrain.config.keys import check_keys
 from stabletrain.config.line import arrange as arrange
 from stabletrain.config.line import check_overrides as check_overrides

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_MACHINERY = [str(_PACKAGE / name) for name in ("doctor", "guard", "trainer", "assembly.py", "__main__.py")]
+_MACHINERY = [str(_PACKAGE / name) for name in ("doctor", "guard", "trainer", "assembly.py", "__main__.py", "config")]
 # From these a step is run: frames further out have nothing to do with it.
 _CALLERS = tuple(str(_PACKAGE / name) for name in ("trainer/step.py", "doctor/notebook.py", "doctor/replaying.py"))
 _LIBRARIES = [str(Path(torch.__file__).parent), *site.getsitepackages(), "<"]
