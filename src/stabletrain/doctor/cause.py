@@ -39,6 +39,8 @@ DOMAINS = {
     *("pow", "floor_divide", "igamma", "polygamma", "pdist_forward", "cosine_similarity", "dist", "linalg_inv_ex"),
     *("linalg_cholesky_ex", "linalg_solve_ex", "linalg_det", "logdet", "log_normal"),
 }
+SINGULAR_AT_ZERO = {"log", "log2", "log10", "sqrt", "rsqrt", "reciprocal", "div", "norm"}
+EXPONENTIALS = {"exp", "exp2", "expm1", "cosh", "sinh", "softplus", "linalg_matrix_exp"}
 LOSSES = {"nll_loss", "ctc_loss", "binary_cross_entropy", "kl_div", "cross_entropy", "nll_loss_nd", "multi_margin_loss"}
 TOO_STRONG = 8.0  # gain of a weight that explodes in a few layers
 ENORMOUS_GAIN, ENORMOUS_VALUE = 1e3, 1e6  # beyond what anybody initialises a weight with
@@ -180,13 +182,17 @@ def _data(origin: Origin, facts: Facts) -> Finding | None:
 
 def _overflow(origin: Origin, facts: Facts) -> Finding | None:
     tensors, output = _tensors(origin), origin.output
+    largest = max((_largest(item) for item in tensors), default=0.0)
+    if origin.name in EXPONENTIALS and largest > math.log(torch.finfo(torch.float32).max):
+        return "overflow", "high", f"{origin.name} of values up to {largest:.3g} is beyond what float32 can hold"
+    if origin.in_backward and origin.name in SINGULAR_AT_ZERO and not any(_at_zero(item) for item in tensors):
+        return "overflow", "medium", f"the derivative of {origin.name} is beyond what {output.get('dtype')} can hold"
     if origin.name in DOMAINS and not _is_pure_overflow(origin):
         return None
     if output.get("inf", 0) == 0 and output.get("nan", 0) > 0 and not any(_largest(item) > 1e18 for item in tensors):
         return None  # no value too large was seen
     dtypes = {item["dtype"] for item in tensors} | {output.get("dtype", "")}
     half = dtypes & {"float16", "bfloat16"}
-    largest = max((_largest(item) for item in tensors), default=0.0)
     if half:
         limit = torch.finfo(torch.float16).max if "float16" in half else torch.finfo(torch.bfloat16).max
         return (
@@ -194,7 +200,7 @@ def _overflow(origin: Origin, facts: Facts) -> Finding | None:
             "high",
             f"values up to {largest:.3g} go into {origin.name}; {sorted(half)[0]} ends at {limit:.3g}",
         )
-    if origin.name in ("exp", "expm1", "cosh", "sinh", "pow", "square", "softplus"):
+    if origin.name in (*EXPONENTIALS, "pow", "square"):
         return "overflow", "high", f"{origin.name} of values up to {largest:.3g} is beyond what float32 can hold"
     badly, beyond = _badly_scaled(facts.modules)
     if facts.updates is None and beyond:
@@ -251,6 +257,10 @@ RULES: tuple[Rule, ...] = (
 
 def _tensors(origin: Origin) -> list[dict[str, Any]]:
     return [item for item in origin.inputs if isinstance(item, dict)]
+
+
+def _at_zero(item: dict[str, Any]) -> bool:
+    return bool(item.get("zeros", 0) or item.get("negative", 0))
 
 
 def _numbers(origin: Origin) -> list[float]:
