@@ -16,7 +16,7 @@ from stabletrain.optimizer import adam, adamw, set_learning_rate, sgd, stable_ad
 
 def steps(make: Any, gradients: list[Tensor], **options: Any) -> Tensor:
     weight = Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64))
-    optimizer = make([weight], **options)
+    optimizer = make([weight], no_decay=[], **options)
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
