@@ -5,6 +5,7 @@ from stabletrain.optimizer.doubts import Doubt, doubts
 from stabletrain.optimizer.groups import ModelParameters
 from stabletrain.optimizer.muon import MuonWithAdamW, muon
 from stabletrain.optimizer.settings import (
+    copied,
     grouping,
     hyperparameters,
     regrouped,
@@ -20,6 +21,7 @@ __all__ = [
     "adam",
     "adamw",
     "adopt",
+    "copied",
     "doubts",
     "grouping",
     "hyperparameters",

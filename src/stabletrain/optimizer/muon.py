@@ -12,6 +12,7 @@ from stabletrain.errors import ConfigurationError
 from stabletrain.optimizer.groups import Given, NoDecay, Trained, check_numbers, grouped, pair_of_betas
 from stabletrain.tree import is_distributed
 
+_PARTS: dict[str, Callable[..., Optimizer]] = {"muon": Muon, "adamw": AdamW}
 _MUON = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
 
 
@@ -33,15 +34,11 @@ class MuonWithAdamW(Optimizer):
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        parts: dict[str, Optimizer] = {}
         complete: list[dict[str, Any]] = []
-        for kind, make in (("muon", Muon), ("adamw", AdamW)):
+        for kind, make in _PARTS.items():
             own = [group for group in groups if group["kind"] == kind]
-            if own:
-                parts[kind] = make(own)
-                complete += parts[kind].param_groups
+            complete += make(own).param_groups if own else []
         super().__init__(complete, {})
-        self._parts = parts
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -50,8 +47,10 @@ class MuonWithAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for kind, part in self._parts.items():
-            # The groups and the state are this optimizer's; the parts only know how to step.
+        for kind, make in _PARTS.items():
+            # The groups and the state are this optimizer's; a part only knows how to step. It isn't kept, because
+            # torch's copies of an optimizer hold groups and state alone.
+            part: Optimizer = make([torch.zeros(1, 1, requires_grad=True)])
             part.param_groups = [group for group in self.param_groups if group["kind"] == kind]
             part.state = self.state
             part.step()

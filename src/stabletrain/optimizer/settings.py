@@ -26,6 +26,27 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
+def copied(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """Return copies of a model and of the optimizer that trains it.
+
+    Torch copies of an optimizer only groups and state; other people's keep more in attributes, which are shared.
+
+    Raises:
+        RuntimeError: torch can't copy the model.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 1)
+        >>> other, optimizer = copied(layer, torch.optim.SGD(layer.parameters()))
+        >>> optimizer.param_groups[0]["params"][0] is other.weight
+        True
+    """
+    model, twin = copy.deepcopy((model, optimizer))
+    for name, value in vars(optimizer).items():
+        vars(twin).setdefault(name, value)
+    return model, twin
+
+
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return each parameter group's settings, without the parameters.
 
