@@ -30,7 +30,7 @@ class MuonWithAdamW(Optimizer):
         >>> layer = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
         >>> optimizer = muon(layer, lr=0.01)
         >>> [(group["kind"], len(group["params"])) for group in optimizer.param_groups]
-        [('muon', 1), ('adamw', 1), ('adamw', 2)]
+        [('muon', 1), ('adamw', 2), ('adamw', 1)]
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
