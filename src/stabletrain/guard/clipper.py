@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stabletrain.guard import measure
-
-log = logging.getLogger(__name__)
 
 # Either `(gradients, norm) -> None`, or an object with the methods of `stabletrain.clipping.ParameterClipping`.
 Clip = Any
@@ -66,5 +63,3 @@ class Clipper:
         """Take over what `state_dict` returned; another clipping's memory means nothing here."""
         if state and state["kind"] == self._kind:
             self._clip.load_state_dict(state["memory"])
-        elif state:
-            log.info("clipping begins anew: what is saved is that of %s", state["kind"])
