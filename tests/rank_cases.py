@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from small import Multiply
 from stabletrain.assembly import assemble
 from stabletrain.checkpoint import CheckpointStore
+from stabletrain.clipping import AGC, AdaGC, AutoClip, Norm, ZClip
 from stabletrain.collectives import whole
 from stabletrain.data import ArrayDataset, Splits, split_dataset
 from stabletrain.ema import ExponentialMovingAverage
@@ -165,9 +166,19 @@ class Training:
     weighted: bool = False  # class weights, so that the ranks' weights differ
     ema: bool = False
     precision: str = "float32"
+    clipping: str = "norm"
     folder: str | None = None
     stop_at: int | None = None  # update at which one rank is asked to end
     every_updates: int | None = None
+
+
+CLIPPINGS: dict[str, Any] = {
+    "norm": lambda: Norm(1.0),
+    "agc": lambda: AGC(share=0.05),
+    "autoclip": lambda: AutoClip(percentile=50.0),
+    "zclip": lambda: ZClip(warmup=3),
+    "adagc": lambda: AdaGC(warmup=3),
+}
 
 
 class Sensitive(nn.Module):
@@ -212,6 +223,7 @@ def run_of(training: Training) -> Run:
         task=Classification(loss),
         optimizer=partial(adamw, lr=0.01),
         parallel=parts[training.parallel](),
+        clipping=CLIPPINGS[training.clipping](),
         guard=training.guard,
         fault=training.fault,
         ema=ExponentialMovingAverage if training.ema else None,
@@ -251,6 +263,7 @@ def run_training(training: Training) -> dict[str, Any]:
         "model": whole(dict(run.model.state_dict())),
         "optimizer": whole(run.optimizer.state_dict()["state"]),
         "ema": whole(run.ema.state_dict()["average"]) if run.ema is not None else {},
+        "clipping": run.guard.clipper.state_dict(),
         "progress": run.progress.state_dict(),
         "ledger": run.guard.ledger.state_dict(),
     }

@@ -115,7 +115,16 @@ def test_building_leaves_the_generators_alone(tmp_path):
         (["model._target_=test_build.raises_value_error"], PartFailed, r"^model \(test_build\..*\): ValueError: odd$"),
         (["model.hidden=[a]"], PartFailed, r"^model \(stabletrain\.model\.MLP\): TypeError: "),
         (["clipping.max_norm=-1"], ConfigurationError, r"clipping\.max_norm is -1"),
-        (["optimizer._target_=torch.optim.AdamW", "optimizer.betas=[2,3]"], PartFailed, r"^optimizer \(torch.*beta"),
+        (
+            [
+                "optimizer._target_=torch.optim.AdamW",
+                "~optimizer.no_decay",
+                "~optimizer.groups",
+                "optimizer.betas=[2,3]",
+            ],
+            PartFailed,
+            r"^optimizer \(torch.*beta",
+        ),
         (["warmup_epochs=5"], ConfigurationError, "the warm-up takes 5 epochs"),
         (["schedule.warmup_updates=3"], ConfigurationError, "the warm-up takes 3 updates"),
     ],
@@ -136,7 +145,7 @@ def test_an_error_says_which_group_and_target_it_comes_from(options, error, mess
 def test_a_partial_is_held_against_what_it_will_be_called_with(tmp_path):
     values = checked(*SMALL)
     values["schedule"] = {**values["schedule"], "stray": 1}  # past the checks of the config, as a caller from Python is
-    with pytest.raises(ConfigurationError, match=r"schedule: stabletrain\.schedule\.warmup_cosine can't be called"):
+    with pytest.raises(ConfigurationError, match=r"schedule: stabletrain\.schedule\.Cosine can't be called"):
         build(values, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

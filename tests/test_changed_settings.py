@@ -119,7 +119,7 @@ def test_a_run_from_python_is_compared_by_what_it_is(tmp_path: Path) -> None:
     run = make(tmp_path / "c")
     half = [{"params": [parameter]} for parameter in run.model.parameters()]
     run = make(tmp_path / "d", optimizer=lambda parameters: torch.optim.AdamW(half, lr=1e-2))
-    with pytest.raises(ConfigurationError, match="the optimizer had 1 parameter groups and has 6"):
+    with pytest.raises(ConfigurationError, match="the optimizer had 2 parameter groups and has 6"):
         resumed(run, tmp_path / "run")
 
 
@@ -174,7 +174,8 @@ def test_changed_hyperparameters_are_in_force_and_the_others_stay(tmp_path: Path
     by_hand = make(tmp_path / "b", optimizer=partial(adamw, **before), epochs=2)
     resume(by_hand)
     by_hand.resume = "never"  # done already
-    by_hand.optimizer.param_groups[0] |= {"initial_lr": now["lr"], "betas": now["betas"]}
+    for group in by_hand.optimizer.param_groups:
+        group |= {"initial_lr": now["lr"], "betas": now["betas"]}
     train(by_hand)
     for name, tensor in by_hand.model.state_dict().items():
         assert torch.equal(changed.model.state_dict()[name], tensor), name

@@ -67,6 +67,7 @@ def write_tables() -> None:
 def stateful_parts(run) -> dict[str, Stateful]:
     parts = {"model": run.model, "optimizer": run.optimizer, "ema": run.ema, "precision": run.precision}
     parts |= {"guard": run.guard, "progress": run.progress, "totals": run.totals}
+    parts |= {"schedule": run.schedule} if isinstance(run.schedule, Stateful) else {}
     return {name: part for name, part in parts.items() if part is not None}
 
 

@@ -21,7 +21,7 @@ from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.errors import Interrupted
 from stabletrain.optimizer import adamw
 from stabletrain.precision import Precision
-from stabletrain.schedule import warmup_cosine
+from stabletrain.schedule import Cosine
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
 from trees import differences
@@ -106,7 +106,7 @@ def make(folder: Path, case: str, *, workers: int = 0, every_minutes: float | No
         Splits(train=data, validation=points(30, 1), test=points(30, 2)),
         folder=folder,
         optimizer=partial(adamw, lr=1e-2),
-        schedule=partial(warmup_cosine, warmup_updates=6),
+        schedule=partial(Cosine, warmup_updates=6),
         tracking=partial(Tracker, progress="none", log_every=1, tensorboard=False),
         checkpoint=partial(CheckpointStore, every_minutes=every_minutes, **cadence),
         workers=workers,

@@ -188,7 +188,16 @@ def test_somebodys_own_configs_and_code(tmp_path, capsys):
         (["--config-dir", "nowhere"], "nowhere' not found"),
         (["--config-name", "nowhere"], "there is no config 'nowhere'"),
         (["model._target_=no_such_package.Net"], "there is no module 'no_such_package'"),
-        (["optimizer._target_=torch.optim.AdamW", "~optimizer.fused", "optimizer.betas=[2,3]"], "Invalid beta"),
+        (
+            [
+                "optimizer._target_=torch.optim.AdamW",
+                "~optimizer.no_decay",
+                "~optimizer.groups",
+                "~optimizer.fused",
+                "optimizer.betas=[2,3]",
+            ],
+            "Invalid beta",
+        ),
         (["data=csv", "data.path=missing.csv", "data.target=kind"], "missing.csv"),
         (["model=1e3"], "put it into quotes"),
         (["device=cuda:99"], "cuda:99"),

@@ -113,6 +113,21 @@ def test_sharded_ranks_learn_the_same_and_salvage_what_can_be_seen() -> None:
         assert equal(back[rank]["model"], whole[1][rank]["model"], tolerance=1e-5)
 
 
+def test_every_clipping_clips_the_same_on_ranks_and_shards() -> None:
+    names = ("agc", "autoclip", "zclip", "adagc")
+    ways = [Training(clipping=name, parallel=way, bad=(3,)) for name in names for way in ("ddp", "fsdp2")]
+    found = iter(run_ranks(run_training, 2, ways))
+    for name in names:
+        alone = run_training(Training(clipping=name, parallel="none", accumulate=2, bad=(3,)))
+        assert alone["summary"]["rejected"] > 0
+        for exact, ranks in ((True, next(found)), (False, next(found))):
+            for left in ranks:
+                for part in ("model", "optimizer", "ledger", "clipping"):
+                    tolerance = 0.0 if exact else 1e-4
+                    assert equal(left[part], alone[part], tolerance), (name, exact, part)
+                assert equal(left["clipping"], ranks[0]["clipping"])  # bit for bit: they decide together
+
+
 def test_four_ranks_with_batch_norm_stay_together() -> None:
     training = Training(guard=SALVAGE, bad=(3, 40), hidden=(5, 41), batch_norm=True, epochs=4)
     [ranks] = run_ranks(run_training, 4, [training])

@@ -41,7 +41,7 @@ def test_presets_are_what_the_table_says():
     assert (stable["fp16_initial_scale"], stable["fp16_growth_interval"]) == (1024, 1000)
     assert (stable["precision"]["initial_scale"], stable["precision"]["growth_interval"]) == (1024, 1000)
     assert normal["warmup_epochs"] < stable["warmup_epochs"] < safe["warmup_epochs"]
-    assert all("warmup_cosine" in values["schedule"]["_target_"] for values in (normal, stable, safe))
+    assert all("Cosine" in values["schedule"]["_target_"] for values in (normal, stable, safe))
     assert stable["schedule"]["warmup_from"] == 0.1
     assert normal["checkpoint"]["every_updates"] is None
     assert stable["checkpoint"]["every_updates"] is None

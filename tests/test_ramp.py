@@ -26,7 +26,7 @@ from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.fault import NanLoss
 from stabletrain.optimizer import adamw
 from stabletrain.ramp import Ramp, Stage
-from stabletrain.schedule import warmup_cosine
+from stabletrain.schedule import Cosine
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
 
@@ -41,7 +41,7 @@ def make(folder: Path | None, **options: Any) -> Run:
         "batch_size": 16,
         "tracking": QUIET,
         "ramp": STAGES,
-        "schedule": partial(warmup_cosine, warmup_updates=3),
+        "schedule": partial(Cosine, warmup_updates=3),
         "ema": ExponentialMovingAverage,
         **options,
     }

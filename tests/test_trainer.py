@@ -23,7 +23,7 @@ from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.loss import CrossEntropy, WeightedCrossEntropy
 from stabletrain.optimizer import adamw, sgd
 from stabletrain.precision import Precision
-from stabletrain.schedule import warmup_cosine
+from stabletrain.schedule import Cosine
 from stabletrain.task import Classification, Output
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, evaluate, loop, train
@@ -103,7 +103,7 @@ def test_a_poisoned_sample_leaves_no_trace(tmp_path: Path, accumulate: int, dtyp
         "accumulate": accumulate,
         "precision": partial(Precision, dtype, initial_scale=256.0),
         "ema": ExponentialMovingAverage,
-        "schedule": partial(warmup_cosine, warmup_updates=3),
+        "schedule": partial(Cosine, warmup_updates=3),
     }
     poisoned = make(tmp_path / "poisoned", poisoned=[7, 40], **options)
     poisoned.guard._keep_on_device = on_device

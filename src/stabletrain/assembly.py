@@ -26,12 +26,12 @@ from stabletrain.folder import RunFolder, yaml_text
 from stabletrain.guard import Policy, StepGuard
 from stabletrain.incident import IncidentStore
 from stabletrain.loss import CrossEntropy
-from stabletrain.optimizer import adamw, hyperparameters
+from stabletrain.optimizer import ModelParameters, adamw, doubts, hyperparameters
 from stabletrain.parallel import SingleProcess
 from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp, Stage
-from stabletrain.schedule import Schedule, warmup_cosine
+from stabletrain.schedule import Cosine, Schedule
 from stabletrain.task import Classification, Task
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, Summary, train
@@ -49,7 +49,7 @@ def assemble(
     seed: int = 0,
     task: Task | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(adamw, lr=1e-4),
-    schedule: Callable[..., Schedule] = partial(warmup_cosine, warmup_epochs=0.0),
+    schedule: Callable[..., Schedule] = Cosine,
     ramp: Sequence[Stage | Mapping[str, Any]] = (),
     precision: Callable[..., Precision] = Precision,
     clipping: Clipping = Norm(1.0),  # noqa: B008 (frozen)
@@ -80,7 +80,7 @@ def assemble(
         accumulate: microbatches that a step is divided into on each process.
         seed: decides the order of the samples and everything drawn at random.
         task: how a microbatch becomes a loss; None: classification with cross entropy.
-        optimizer: makes the optimizer from the parameters.
+        optimizer: makes the optimizer from the parameters, which know their names and modules (`ModelParameters`).
         schedule: makes the schedule from `total_updates` and `updates_per_epoch`.
         ramp: stages of larger batches and higher rates, entered once training is stable.
         precision: makes the precision from `device`.
@@ -127,7 +127,7 @@ def assemble(
     )
     model = parallel.prepare(model)
     chosen_precision = precision(device=place)
-    chosen_optimizer = optimizer(model.parameters())
+    chosen_optimizer = optimizer(ModelParameters(model))
     chosen_ramp = Ramp(ramp)
     chosen_ramp.check(epochs, len(splits.train))
     total_steps = chosen_ramp.planned(epochs, lambda size: loader.steps_with(size or batch_size))
@@ -149,6 +149,7 @@ def assemble(
     chosen_fault = fault or NoFault()
     notes = [
         *splits.notes,
+        *(f"{doubt.what}: {doubt.evidence}" for doubt in doubts(chosen_optimizer)),
         *started_from,
         *chosen_fault.check(
             Surroundings(

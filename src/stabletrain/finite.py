@@ -11,6 +11,8 @@ from torch import Tensor
 
 from stabletrain.tree import is_distributed, local
 
+LARGEST_SQUARE = math.sqrt(torch.finfo(torch.float32).max)  # a gradient beyond it fills a second moment with Inf
+
 
 def sizes(tensors: Sequence[Tensor], order: float = 2.0, *, exact: bool = False) -> Tensor:
     """Return the norm of each tensor; a norm is NaN or Inf if an element is.
@@ -70,23 +72,62 @@ def global_norm(tensors: Sequence[Tensor], *, exact: bool = False) -> Tensor:
     return combined
 
 
-def _norm_over_ranks(tensors: Sequence[Tensor], *, exact: bool) -> Tensor:
-    """Combine the shards' norms, by one reduction for each way in which tensors are divided."""
+def whole_sizes(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of each tensor as a whole; of sharded ones over all ranks, which have to ask at once.
+
+    Args:
+        tensors: floating tensors, dense, sparse COO or sharded, on any devices.
+
+    Returns:
+        Shape [len(tensors)], float64 (float32 on devices without it), on the first one's device.
+
+    Example:
+        >>> whole_sizes([torch.tensor([3e19, 4e19]), torch.zeros(2)]).tolist()[1]
+        0.0
+    """
+    if not tensors:
+        return torch.zeros(0)
+    dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
+    first = dense[0].device
+    found = torch.zeros(len(dense), dtype=torch.float32 if first.type == "mps" else torch.float64, device=first)
+    places: dict[tuple[Any, torch.device], list[int]] = {}
+    for number, tensor in enumerate(dense):
+        places.setdefault((_divided_among(tensor), tensor.device), []).append(number)
+    for (groups, device), numbers in places.items():
+        norms = sizes([dense[number] for number in numbers], exact=device.type != "mps")
+        if groups:
+            norms = _summed(norms.square(), groups).sqrt()
+        if len(places) == 1:
+            return norms.to(found.dtype)
+        found[torch.tensor(numbers, device=first)] = norms.to(first, found.dtype)
+    return found
+
+
+def _divided_among(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the process groups among which a tensor is divided; none if this rank holds all of it."""
+    if not is_distributed(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return tuple(mesh.get_group(axis) for axis, place in enumerate(placements) if place.is_shard())
+
+
+def _summed(squares: Tensor, groups: Sequence[Any]) -> Tensor:
+    """Add up over the ranks of each group, in place."""
     import torch.distributed as dist
 
+    for group in groups:
+        dist.all_reduce(squares, group=group)
+    return squares
+
+
+def _norm_over_ranks(tensors: Sequence[Tensor], *, exact: bool) -> Tensor:
+    """Combine the shards' norms, by one reduction for each way in which tensors are divided."""
     divided: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
-        groups: tuple[dist.ProcessGroup, ...] = ()  # those among which it is divided
-        if is_distributed(tensor):
-            mesh, placements = tensor.device_mesh, tensor.placements
-            groups = tuple(mesh.get_group(axis) for axis, place in enumerate(placements) if place.is_shard())
-        divided.setdefault(groups, []).append(local(tensor))
+        divided.setdefault(_divided_among(tensor), []).append(local(tensor))
     squares = []
     for groups, parts in divided.items():
-        square = global_norm(parts, exact=exact).double().square()
-        for group in groups:
-            dist.all_reduce(square, group=group)
-        squares.append(square)
+        squares.append(_summed(global_norm(parts, exact=exact).double().square(), groups))
     norm: Tensor = torch.stack(squares).sum().sqrt()
     return norm if exact else norm.float()
 

@@ -19,11 +19,23 @@ from typing import Any
 
 import pytest
 
-from stabletrain.guard import attached, hooks, ledger, loss_scale, measure, on_device, snapshot, spikes, step_guard
+from stabletrain.guard import (
+    attached,
+    clipper,
+    hooks,
+    ledger,
+    loss_scale,
+    measure,
+    on_device,
+    snapshot,
+    spikes,
+    step_guard,
+)
 
 from . import (
     test_attached,
     test_attempt,
+    test_clipper,
     test_ledger,
     test_loss_scale,
     test_measure,
@@ -61,6 +73,7 @@ TARGETS: list[tuple[Any, tuple[str, ...]]] = [
     ),
     (attached, ("_values", "_put_back")),
     (step_guard, ("end_step_of_others",)),
+    (clipper.Clipper, ("__init__", "__call__", "state_dict", "load_state_dict")),
     (hooks.BeforeForward, ("__call__",)),
     (hooks.AfterLoading, ("__call__",)),
     (hooks.Hook, ("__deepcopy__", "__reduce__")),
@@ -155,7 +168,7 @@ def suite() -> Iterator[Callable[[], object]]:
 
 MODULES = (
     *(test_attached, test_traps, test_snapshot, test_measure, test_on_device),
-    *(test_spikes, test_attempt, test_ledger, test_loss_scale),
+    *(test_spikes, test_attempt, test_ledger, test_loss_scale, test_clipper),
 )
 SLOW = {
     "test_nothing_is_read_in_the_steady_state",

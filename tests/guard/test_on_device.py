@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stabletrain.clipping import Norm, Value
+from stabletrain.clipping import AGC, AdaGC, AutoClip, Norm, Value, ZClip
 from stabletrain.guard import Policy, StepGuard
 
 from .worlds import FUSED, PLACES, VALUES, Case, Poison, World, differences, nonfinite
@@ -34,9 +34,12 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("clip", [None, Norm(0.5), Value(0.05)])
-@pytest.mark.parametrize("model", ["batch norm", "embedding with max_norm"])
+CLIPS = [None, Norm(0.5), Value(0.05)]
+STEADY = [*itertools.product(("batch norm", "embedding with max_norm"), CLIPS, ("fp32", "fp16"))]
+STEADY += [("batch norm", clip, "fp32") for clip in (AGC(), AutoClip(90.0), ZClip(), AdaGC(warmup=9))]
+
+
+@pytest.mark.parametrize(("model", "clip", "precision"), STEADY)
 def test_nothing_is_read_in_the_steady_state(model: str, clip: Any, precision: str) -> None:
     """200 steps, with buffers, clipping, loss scaling, a schedule and limits for spikes; four of them bad."""
     policy = Policy(max_rejected=1000, spikes=True)

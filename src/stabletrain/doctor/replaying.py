@@ -200,8 +200,11 @@ class Replay:
             if self.incident.kind == "validation":
                 return not self.is_bad(step), 0
             if rate is not None:
-                for group in run.optimizer.param_groups:
-                    group["initial_lr"] = rate
+                groups = run.optimizer.param_groups
+                base = groups[0].get("initial_lr", groups[0]["lr"])
+                for group in groups:
+                    # Each keeps its own factor.
+                    group["initial_lr"] = rate * (group.get("initial_lr", group["lr"]) / base if base else 1.0)
             done = 0
             following = self._following(step, updates) if at_hand else iter(())
             for current in (step, *following):

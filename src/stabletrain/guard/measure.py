@@ -13,8 +13,6 @@ from torch.optim import Optimizer
 from stabletrain.errors import ConfigurationError
 from stabletrain.finite import all_finite, sizes
 
-LARGEST_SQUARE = math.sqrt(torch.finfo(torch.float32).max)  # a gradient beyond it fills a second moment with Inf
-
 
 def mean_loss(loss: Tensor | Sequence[Tensor]) -> Tensor:
     """Return the mean of the microbatches' losses, NaN or Inf if one of them is.
@@ -51,8 +49,13 @@ def gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
         >>> [tuple(gradient.shape) for gradient in gradients([torch.optim.SGD(layer.parameters())])]
         [(1, 2), (1,)]
     """
+    return [parameter.grad for parameter in parameters(optimizers) if parameter.grad is not None]
+
+
+def parameters(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    """Return every parameter that the optimizers train, each once, group by group."""
     groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
-    return [parameter.grad for parameter in dict.fromkeys(chain(*groups)) if parameter.grad is not None]
+    return list(dict.fromkeys(chain(*groups)))
 
 
 def state_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:

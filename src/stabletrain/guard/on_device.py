@@ -17,8 +17,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from stabletrain.collectives import Ranks
-from stabletrain.finite import global_norm
+from stabletrain.finite import LARGEST_SQUARE, global_norm
 from stabletrain.guard import loss_scale, measure
+from stabletrain.guard.clipper import Clipper
 from stabletrain.guard.snapshot import Snapshot
 from stabletrain.guard.spikes import describe
 from stabletrain.guard.verdict import FAULTS, Facts, Reason
@@ -63,8 +64,7 @@ class DeviceStep:
     Args:
         optimizers: all of which honour `found_inf`.
         scaler: the loss scaler, or None.
-        clip: `(gradients, norm) -> None` with the norm as a tensor, or None.
-        limits: whether `clip` makes gradients of any finite size small.
+        clip: clips with the norm as a tensor.
         spikes: largest loss and largest gradient norm that are no spikes, known on the host.
         ranks: who decides together.
     """
@@ -73,15 +73,13 @@ class DeviceStep:
         self,
         optimizers: Sequence[Optimizer],
         scaler: GradScaler | None,
-        clip: Callable[..., None] | None,
-        limits: bool,
+        clip: Clipper,
         spikes: tuple[float, float],
         ranks: Ranks,
     ) -> None:
         self.optimizers = optimizers
         self.scaler = scaler
         self.clip = clip
-        self.limits = limits
         self.spikes = spikes
         self.ranks = ranks
         self.scaler_before: list[Tensor] = []  # its tensors before it reacted
@@ -107,8 +105,8 @@ class DeviceStep:
         norm = global_norm(gradients, exact=True).to(loss.device)
         bad_loss = ~torch.isfinite(loss)
         bad_gradient = ~torch.isfinite(norm)
-        if not self.limits:
-            bad_gradient = bad_gradient | (norm > measure.LARGEST_SQUARE)
+        if not self.clip.limits:
+            bad_gradient = bad_gradient | (norm > LARGEST_SQUARE)
         never = torch.zeros_like(bad_loss)
         can_overflow = self.scaler_before[0] > 1.0 if self.scaler is not None else never
         overflow = ~bad_loss & ~torch.isfinite(norm) & can_overflow
@@ -123,8 +121,7 @@ class DeviceStep:
         measured = torch.stack([loss.double(), norm.double()])
         faults = torch.cat([faults[:-1], self._spike(measured).reshape(1)])
         rejected = faults.any()
-        if self.clip is not None:
-            self.clip(gradients, norm)
+        self.clip(norm, rejected)
         self._step_unless(rejected)
         held = never | self._update_scale(rejected & ~overflow, overflow)
         snapshot.restore_where(rejected)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,18 +13,17 @@ from torch.optim import Optimizer
 
 from stabletrain.collectives import Ranks, ranks_of
 from stabletrain.errors import ConfigurationError, UnstableTraining
-from stabletrain.finite import first_nonfinite, global_norm, limit_norm
+from stabletrain.finite import LARGEST_SQUARE, first_nonfinite, global_norm, limit_norm
 from stabletrain.guard import loss_scale, measure, words
 from stabletrain.guard.agreement import agreed
 from stabletrain.guard.attached import AfterStep, Attachment
+from stabletrain.guard.clipper import Clip, Clipper
 from stabletrain.guard.hooks import end_step_of_others, watch
 from stabletrain.guard.ledger import Ledger, Policy
 from stabletrain.guard.on_device import DeviceStep, can_skip_on_device
 from stabletrain.guard.snapshot import Snapshot
 from stabletrain.guard.spikes import SpikeWindow, describe
 from stabletrain.guard.verdict import Facts, Reason, Verdict
-
-Clip = Callable[[Sequence[Tensor], Any], None]
 
 
 class StepGuard:
@@ -43,7 +43,8 @@ class StepGuard:
         model: the module whose forward begins a step, or several. The forward must go through its `__call__`.
         optimizer: one or several; their parameters are measured and clipped together.
         max_norm: largest Euclidean norm over all gradients; None: no clipping.
-        clip: another way of clipping, `(gradients, norm) -> None`, instead of `max_norm`; with an attribute `limits`
+        clip: another way of clipping instead of `max_norm`: `(gradients, norm) -> None`, or an object such as
+            `stabletrain.clipping.ZClip`, whose memory is part of the step and saved here. With an attribute `limits`
             that is False it promises no limit, and gradients whose squares overflow are rejected as without clipping.
         scaler: the loss scaler of float16 training. `scale` stays yours; unscaling and updating are done here.
         scheduler: stepped here once for each applied step. Without it, call yours when `verdict.applied`.
@@ -74,7 +75,7 @@ class StepGuard:
         optimizer: Optimizer | Sequence[Optimizer],
         *,
         max_norm: float | None = None,
-        clip: Clip | None = None,
+        clip: Clip = None,
         scaler: GradScaler | None = None,
         scheduler: Any = None,
         extra: Sequence[Any] = (),
@@ -92,10 +93,8 @@ class StepGuard:
         self.ranks = ranks if ranks is not None else ranks_of(self.models)
         self.ledger = Ledger(self.policy)
         self.spikes = SpikeWindow(self.policy.spike_window, floor=self.policy.spike_floor)
-        self._clip: Clip | None = clip
-        if max_norm is not None:
-            self._clip = lambda gradients, norm: limit_norm(gradients, norm, max_norm)
-        self._limits = self._clip is not None and getattr(self._clip, "limits", True)
+        chosen = clip if max_norm is None else partial(limit_norm, max_norm=max_norm)
+        self.clipper = Clipper(chosen, self.models, self.optimizers)
         self._snapshot = Snapshot([*self.models, *(item for item in extra if isinstance(item, nn.Module))], extra)
         self._buffers = measure.BufferJudge(self.policy.max_variance_growth)
         self._buffers.seen_data = measure.have_seen_data(self.models)
@@ -249,13 +248,14 @@ class StepGuard:
         self._count(verdict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger (counts and budget), what recent updates were like, and when the state is checked next."""
+        """Return counts and budget, what recent updates were like, for spikes and for clipping, and the next check."""
         self.settle()
         if self.attachment is not None:
             self.attachment.settle_scale()
         return {
             "ledger": self.ledger.state_dict(),
             "spikes": self.spikes.state_dict(),
+            "clipping": self.clipper.state_dict(),
             "until_state_check": self._until_state_check,
         }
 
@@ -264,6 +264,7 @@ class StepGuard:
         self._pending = None
         self.ledger.load_state_dict(state["ledger"])
         self.spikes.load_state_dict(state["spikes"])
+        self.clipper.load_state_dict(state.get("clipping", {}))
         self._buffers.seen_data = self._buffers.seen_data or self.ledger.applied > 0
         healthy = bool(measure.state_is_finite(self.optimizers))
         self._until_state_check = int(state.get("until_state_check", 0)) if healthy else 0
@@ -338,7 +339,7 @@ class StepGuard:
             return Facts("overflow", value, norm, words.about_gradients(self.models, norm))
         if not guarded:
             return Facts(None, value, norm, "")
-        if not math.isfinite(norm) or (not self._limits and norm > measure.LARGEST_SQUARE):
+        if not math.isfinite(norm) or (not self.clipper.limits and norm > LARGEST_SQUARE):
             return Facts("gradient", value, norm, words.about_gradients(self.models, norm))
         if (found := self._judge_buffers()) is not None:
             return Facts("buffer", value, norm, found)
@@ -389,8 +390,7 @@ class StepGuard:
         self._drop_gradients()
 
     def _limit_gradients(self, facts: Facts) -> None:
-        if self._clip is not None:
-            self._clip(measure.gradients(self.optimizers), facts.grad_norm)
+        self.clipper(facts.grad_norm)
 
     def _note_committed(self, facts: Facts) -> None:
         """Know of one more update that was decided on the host."""
@@ -441,7 +441,7 @@ class StepGuard:
             self._until_state_check = self.policy.check_state_every - 1
         rate = measure.bad_learning_rate(self.optimizers)
         spikes = self.spikes.limits() if self.policy.spikes else (math.inf, math.inf)
-        step = DeviceStep(self.optimizers, self.scaler, self._clip, self._limits, spikes, self.ranks)
+        step = DeviceStep(self.optimizers, self.scaler, self.clipper, spikes, self.ranks)
         read = step.run(measure.mean_loss(loss), self._snapshot, self._buffers, check_state, rate is not None)
         self._scaler_before = step.scaler_before
         self._drop_gradients()

@@ -64,9 +64,9 @@ def about_gradients(models: Sequence[nn.Module], norm: float) -> str:
 
     Example:
         >>> about_gradients([nn.Linear(1, 1)], 1e30)
-        'the gradient norm is 1e+30, whose square overflows float32; clipping would allow it'
+        'the gradient norm is 1e+30, whose square overflows float32; clipping=norm would allow it'
     """
     found = first_nonfinite((name, p.grad) for name, p in named_parameters(models) if p.grad is not None)
     if found is not None:
         return f"gradient of {found}"
-    return f"the gradient norm is {norm:.3g}, whose square overflows float32; clipping would allow it"
+    return f"the gradient norm is {norm:.3g}, whose square overflows float32; clipping=norm would allow it"

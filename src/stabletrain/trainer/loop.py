@@ -13,6 +13,7 @@ from torch import Tensor
 from stabletrain.errors import Interrupted, UnstableTraining
 from stabletrain.guard import Verdict
 from stabletrain.optimizer import set_learning_rate
+from stabletrain.schedule import Observing
 from stabletrain.state import EpochTotals
 from stabletrain.trainer.evaluation import measure_test
 from stabletrain.trainer.interruption import Wishes, leave, obey, poll, wanted
@@ -188,6 +189,8 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
     epoch = run.progress.epoch
     metrics = validate(run)
     measured = {name: value for name, value in metrics.items() if value is not None}
+    if isinstance(run.schedule, Observing) and (line := run.schedule.observe(metrics)) is not None:
+        run.tracker.note(line)
     loss, grad_norm = run.totals.means()
     run.tracker.epoch(
         {

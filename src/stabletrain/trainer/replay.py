@@ -19,6 +19,7 @@ from stabletrain.data import Microbatch
 from stabletrain.errors import ConfigurationError
 from stabletrain.incident import Incident
 from stabletrain.incident.files import Kind
+from stabletrain.optimizer import grouping, regrouped
 from stabletrain.trainer.evaluation import evaluate
 from stabletrain.trainer.run import Run, Step
 from stabletrain.trainer.step import forward_backward
@@ -208,6 +209,7 @@ def _state(run: Run) -> dict[str, Any]:
         "model": whole(run.model.state_dict()),
         "buffers": _other_buffers(run.model),
         "optimizer": whole(run.optimizer.state_dict()),
+        "grouping": grouping(run.optimizer, run.model),
     }
 
 
@@ -293,7 +295,8 @@ def _load(run: Run, incident: Incident) -> None:
     assert state is not None
     try:
         _put_model(run.model, state["model"], state["buffers"])
-        run.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it keeps what it loads
+        saved, _ = regrouped(state["optimizer"], None, state.get("grouping"), run.optimizer, run.model)
+        run.optimizer.load_state_dict(copy.deepcopy(saved))  # it keeps what it loads
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigurationError(
             f"the incident {incident.name} is of another model or optimizer: {error}. Replay it with the settings in "

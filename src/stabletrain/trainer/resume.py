@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from stabletrain.checkpoint import CheckpointStore
 from stabletrain.collectives import sharded_like, whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import yaml_text
-from stabletrain.optimizer import with_changed
+from stabletrain.optimizer import grouping, regrouped, with_changed
+from stabletrain.state import Stateful
 from stabletrain.trainer.changes import STRUCTURAL, WITH_BATCH_NORM, Change, changes, listed
 from stabletrain.trainer.rollback import learned_state
 from stabletrain.trainer.run import Run
@@ -54,6 +57,7 @@ def _state(run: Run) -> dict[str, Any]:
         "totals": run.totals.state_dict(),
         "quarantine": run.quarantine.state_dict(),
         "ramp": run.ramp.state_dict(),
+        "schedule": run.schedule.state_dict() if isinstance(run.schedule, Stateful) else {},
         "rollback": whole(run.rollback.state_dict(run.progress.updates)) if run.rollback is not None else {},
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
@@ -63,6 +67,7 @@ def _state(run: Run) -> dict[str, Any]:
         "identity": run.identity,
         "settings": yaml_text(run.settings),
         "hyperparameters": run.hyperparameters,
+        "grouping": grouping(run.optimizer, run.model),
         "tied": tied_names(run.model),
     }
 
@@ -80,6 +85,9 @@ def resume(run: Run) -> None:
             )
         return
     changed = _check_changes(run, state)
+    hyperparameters = state["hyperparameters"]
+    regroup = partial(_regrouped, run, settings=hyperparameters, before=state.get("grouping"))
+    state["optimizer"], state["hyperparameters"] = regroup(state["optimizer"])
     state |= _divided(run, state)
     _load_model(run.model, state["model"])
     changed = _load_optimizer(run, state) | changed
@@ -95,14 +103,16 @@ def resume(run: Run) -> None:
     run.quarantine.load_state_dict(state["quarantine"])
     if "ramp" in state:  # younger than the format
         run.ramp.load_state_dict(state["ramp"])
+    if state.get("schedule") and isinstance(run.schedule, Stateful):
+        run.schedule.load_state_dict(state["schedule"])
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
     if run.rollback is not None and state["rollback"]:
         rollback = state["rollback"]
-        kept = _kept(run, state, store.further.get(ROLLBACK_NAME))
+        kept = _kept(run, state, store.further.get(ROLLBACK_NAME), regroup)
         trial = rollback.get("trial")
         if trial is not None:
-            trial = _kept(run, state, trial) if "model" in trial else {**learned_state(run), **trial}
+            trial = _kept(run, state, trial, regroup) if "model" in trial else {**learned_state(run), **trial}
         run.rollback.load_state_dict(rollback, kept, trial)
         if any(change.of_the_objective for change in changed.values()):
             run.rollback.forget_losses()
@@ -175,10 +185,19 @@ def _load_optimizer(run: Run, state: dict[str, Any]) -> dict[str, Change]:
     return {f"optimizer.{name}": Change(f"optimizer.{name}", *pair) for name, pair in changed.items()}
 
 
-def _kept(run: Run, state: dict[str, Any], kept: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the copy to roll back to under today's settings."""
+def _regrouped(
+    run: Run, saved: dict[str, Any], settings: list[dict[str, Any]], before: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    return regrouped(saved, settings, before, run.optimizer, run.model)
+
+
+def _kept(
+    run: Run, state: dict[str, Any], kept: dict[str, Any] | None, regroup: Callable[..., tuple[Any, Any]]
+) -> dict[str, Any] | None:
+    """Return the copy to roll back to under today's settings, in today's groups."""
     if kept is None:
         return None
+    kept = {**kept, "optimizer": regroup(kept["optimizer"])[0]}
     kept = kept | _divided(run, kept)
     kept = {**kept, "optimizer": with_changed(kept["optimizer"], state["hyperparameters"], run.hyperparameters)[0]}
     if run.ema is not None and not kept["ema"]:

@@ -14,6 +14,7 @@ from stabletrain.guard import Policy
 from stabletrain.guard.measure import state_is_finite
 from stabletrain.guard.spikes import Divergence
 from stabletrain.optimizer import set_learning_rate
+from stabletrain.state import Stateful
 from stabletrain.trainer.run import Run
 from stabletrain.tree import is_distributed
 
@@ -23,7 +24,7 @@ SOON = 4  # times `diverged_updates`: a rollback before that follows from what l
 class Rollback:
     """Keeps a copy of the state in host memory, returns to it, and says how far the learning rate is lowered.
 
-    With the state comes back what was known of loss and gradient norm then, so that a level reached on the way into
+    With the state comes back what was known of losses and gradient norms then, so that a level reached on the way into
     trouble doesn't count as the best or as usual. The rate is lowered by one `backoff`, and where it may be to blame by
     one more for each rollback in a row, so that a rate far too high is left behind in a few of them. Calm gives it back
     step by step, but never as far as a rate that may be to blame for a rollback.
@@ -128,7 +129,9 @@ class Rollback:
         """Return a copy of the state, in the memory of another; None if not everything in it is finite."""
         if run.ranks.any(not bool(state_is_finite([run.optimizer]))):
             return None
-        state = {**learned_state(run), "spikes": run.guard.spikes.state_dict(), "updates": run.progress.updates}
+        state = {**learned_state(run), "updates": run.progress.updates}
+        state |= {"spikes": run.guard.spikes.state_dict(), "clipping": run.guard.clipper.state_dict()}
+        state |= {"schedule": run.schedule.state_dict() if isinstance(run.schedule, Stateful) else {}}
         copy_of_it: dict[str, Any] = copied({**state, "divergence": self._divergence.state_dict()}, memory)
         return copy_of_it
 
@@ -163,6 +166,9 @@ class Rollback:
         run.guard.ledger.forgive()
         if kept["spikes"] is not None:
             run.guard.spikes.load_state_dict(kept["spikes"])
+        run.guard.clipper.load_state_dict(kept["clipping"])
+        if kept["schedule"] and isinstance(run.schedule, Stateful):
+            run.schedule.load_state_dict(kept["schedule"])
         self._divergence.load_state_dict(kept["divergence"])
         self._divergence.wary = self._ceiling < 1.0
         run.ramp.disturb()
@@ -222,8 +228,9 @@ class Rollback:
         self._since, self._warm_from = int(state["since"]), state["warm_from"]
         self._divergence.load_state_dict(state["divergence"])
         since = {"updates": state.get("kept_updates", 0), "divergence": self._detector().state_dict(), "spikes": None}
+        since |= {"clipping": {}, "schedule": {}}
         self._kept = copied({**since, **kept}) if kept is not None else None
-        self._trial = copied(trial)
+        self._trial = copied({**since, **trial}) if trial is not None else None
 
 
 def learned_state(run: Run) -> dict[str, Any]:

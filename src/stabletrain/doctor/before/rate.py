@@ -5,6 +5,7 @@ First a sweep over all magnitudes finds about where the loss begins to rise, the
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -21,6 +22,7 @@ from stabletrain.doctor.before.overrides import first_known, rounded_down
 from stabletrain.doctor.before.subject import Subject
 from stabletrain.fault import NoFault
 from stabletrain.finite import global_norm
+from stabletrain.guard.clipper import Clipper
 from stabletrain.guard.measure import gradients
 from stabletrain.optimizer import set_learning_rate
 from stabletrain.precision import Precision
@@ -163,6 +165,8 @@ class _Trainer:
             yield from run.loader.epoch(epoch, excluded=self.subject.bad_samples)
 
     def _run_of(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Run:
+        # What a copy remembers is made anew, so each trial begins with nothing and the run's own is left alone.
+        self.clipper = Clipper(copy.copy(self.subject.run.clipping), [model], [optimizer])
         return dataclasses.replace(
             self.subject.run,
             model=model,
@@ -187,7 +191,7 @@ class _Trainer:
         loss, norm = self._losses(run, number)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return math.nan
-        run.clipping(gradients([run.optimizer]), norm)
+        self.clipper(norm)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return loss

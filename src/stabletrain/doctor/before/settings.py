@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stabletrain.doctor.before.findings import Finding
 from stabletrain.doctor.before.overrides import first_known, known
 from stabletrain.doctor.before.subject import FORMATS, Subject
+from stabletrain.optimizer import doubts
 
 SMALL_TEMPERATURE = 0.01  # logits of 1 become 100, whose exponential overflows float32 unless its maximum is subtracted
 LARGE_LOGIT_SCALE = math.log(100.0)  # CLIP's limit
@@ -24,7 +25,7 @@ _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 def examine_settings(subject: Subject) -> list[Finding]:
     """Return the settings that don't go together, or are known for trouble."""
-    checks = (_temperatures, _focal, _optimizer_eps, _module_eps, _warm_up, _batch_norm, _decay)
+    checks = (_temperatures, _focal, _optimizer, _module_eps, _warm_up, _batch_norm)
     return [finding for check in checks for finding in check(subject)]
 
 
@@ -111,23 +112,23 @@ def _focal(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def _optimizer_eps(subject: Subject) -> Iterator[Finding]:
-    for group in subject.run.optimizer.param_groups:
-        eps = group.get("eps")
-        if not isinstance(eps, (int, float)):
-            continue
-        for dtype in {parameter.dtype for parameter in group["params"] if parameter.is_floating_point()}:
-            if float(torch.tensor(float(eps), dtype=dtype)) == 0.0:
-                narrow = dtype not in (torch.float32, torch.float64)
-                yield _finding(
-                    "broken" if narrow else "warning",
-                    "eps",
-                    "an optimizer eps that is 0 in the parameters' format",
-                    f"optimizer.eps is {eps:g}, the parameters are {str(dtype).removeprefix('torch.')}: a gradient "
-                    "of 0 gives 0/0",
-                    remedy=known(subject.config, f"optimizer.eps={'1e-4' if narrow else '1e-8'}"),
-                )
-                return
+def _optimizer(subject: Subject) -> Iterator[Finding]:
+    for doubt in doubts(subject.run.optimizer):
+        narrow = doubt.dtype not in (torch.float32, torch.float64)
+        remedy = {
+            "eps": f"optimizer.eps={'1e-4' if narrow else '1e-8'}",
+            "weight_decay": "optimizer.weight_decay=0.01",
+            "rate": "base_lr=1e-4",
+        }[doubt.kind]
+        rate = subject.run.optimizer.param_groups[0].get("lr", 0.0)
+        yield _finding(
+            "broken" if doubt.broken else "warning",
+            doubt.kind,
+            doubt.what,
+            doubt.evidence,
+            remedy=known(subject.config, remedy),
+            advice="The learning rate is the larger part of it." if doubt.kind == "weight_decay" and rate >= 1 else "",
+        )
 
 
 def _module_eps(subject: Subject) -> Iterator[Finding]:
@@ -173,7 +174,7 @@ def _warm_up(subject: Subject) -> Iterator[Finding]:
         "no warm-up of the learning rate",
         f"the first update is made with {factors[0]:.0%} of the base rate, the highest in the first quarter is "
         f"{max(factors):.0%}",
-        remedy=remedy or known(subject.config, "schedule=warmup_cosine"),
+        remedy=remedy or known(subject.config, "schedule=cosine"),
     )
 
 
@@ -203,29 +204,3 @@ def _batch_norm(subject: Subject) -> Iterator[Finding]:
         remedy=remedy,
         advice="Or normalise without the batch: " + (without or "GroupNorm or LayerNorm in place of BatchNorm") + ".",
     )
-
-
-def _decay(subject: Subject) -> Iterator[Finding]:
-    for group in subject.run.optimizer.param_groups:
-        rate, decay = group.get("lr"), group.get("weight_decay")
-        rate = group.get("initial_lr", rate)
-        if isinstance(rate, (int, float)) and isinstance(decay, (int, float)) and rate * decay >= 1:
-            yield _finding(
-                "broken",
-                "weight_decay",
-                "weight decay that takes away more than there is",
-                f"learning rate {rate:g} * weight_decay {decay:g} = {rate * decay:g}: each update multiplies the "
-                f"weights by {1 - rate * decay:.3g}",
-                remedy=known(subject.config, "optimizer.weight_decay=0.01"),
-                advice="" if rate < 1 else "The learning rate is the larger part of it.",
-            )
-            return
-        if isinstance(rate, (int, float)) and rate == 0:
-            yield _finding(
-                "warning",
-                "rate",
-                "a learning rate of 0",
-                "no update changes anything (base_lr times lr_scale)",
-                remedy=known(subject.config, "base_lr=1e-4"),
-            )
-            return

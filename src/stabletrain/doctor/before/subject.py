@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stabletrain.build import build_model
+from stabletrain.optimizer import copied
 from stabletrain.precision import Precision
 from stabletrain.trainer import Run
 from stabletrain.tree import map_tensors
@@ -52,7 +53,7 @@ class Subject:
         Raises:
             RuntimeError: torch can't copy the model.
         """
-        model, optimizer = copy.deepcopy((self.run.model, self.run.optimizer))
+        model, optimizer = copied(self.run.model, self.run.optimizer)
         optimizer.zero_grad(set_to_none=True)
         return model.train(), optimizer
 

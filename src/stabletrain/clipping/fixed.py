@@ -1,29 +1,16 @@
-"""Gradient clipping with a norm that was measured before: each option takes the gradients and that norm.
-
-The guard decides first. Clipping a gradient that holds one NaN would make all of them NaN, and one Inf would set
-the healthy ones to 0.
-"""
+"""Clipping to a limit that stays the same: none, the norm of all gradients, or each element."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
-from stabletrain.errors import ConfigurationError
+from stabletrain.clipping.base import check_positive
 from stabletrain.finite import limit_norm
 from stabletrain.tree import local
-
-
-class Clipping(Protocol):
-    """Changes gradients in place so that no step is too large."""
-
-    def __call__(self, gradients: Sequence[Tensor], norm: float | Tensor, /) -> None:
-        """Clip `gradients`, whose finite Euclidean norm over all elements is `norm`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +52,7 @@ class Norm:
     max_norm: float
 
     def __post_init__(self) -> None:
-        _check_positive("clipping.max_norm", self.max_norm)
+        check_positive("clipping.max_norm", self.max_norm)
 
     def __call__(self, gradients: Sequence[Tensor], norm: float | Tensor, /) -> None:
         """Scale in place; with `norm` on the host, nothing is touched when there is nothing to clip."""
@@ -93,7 +80,7 @@ class Value:
     max_value: float
 
     def __post_init__(self) -> None:
-        _check_positive("clipping.max_value", self.max_value)
+        check_positive("clipping.max_value", self.max_value)
 
     def __call__(self, gradients: Sequence[Tensor], norm: float | Tensor, /) -> None:
         """Limit in place."""
@@ -104,8 +91,3 @@ class Value:
                 gradient.copy_(summed)
             else:
                 local(gradient).clamp_(-self.max_value, self.max_value)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise ConfigurationError(f"{name} is {value!r}; it must be a positive number. `clipping=none` switches it off.")
