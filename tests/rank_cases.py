@@ -165,6 +165,7 @@ class Training:
     weighted: bool = False  # class weights, so that the ranks' weights differ
     ema: bool = False
     precision: str = "float32"
+    ladder: Any = None  # instead of `precision`
     folder: str | None = None
     stop_at: int | None = None  # update at which one rank is asked to end
     every_updates: int | None = None
@@ -215,7 +216,7 @@ def run_of(training: Training) -> Run:
         guard=training.guard,
         fault=training.fault,
         ema=ExponentialMovingAverage if training.ema else None,
-        precision=partial(Precision, training.precision),
+        precision=training.ladder or partial(Precision, training.precision),
         checkpoint=partial(CheckpointStore, every_updates=training.every_updates),
         tracking=partial(Tracker, log_every=1, tensorboard=False, progress="none"),
         folder=training.folder,
@@ -253,4 +254,5 @@ def run_training(training: Training) -> dict[str, Any]:
         "ema": whole(run.ema.state_dict()["average"]) if run.ema is not None else {},
         "progress": run.progress.state_dict(),
         "ledger": run.guard.ledger.state_dict(),
+        "moves": run.ladder.plan.moves if run.ladder is not None else [],
     }

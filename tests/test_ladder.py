@@ -317,6 +317,7 @@ def eventful(folder: Path, at: int | None) -> Run:
 
 def be_killed(folder: Path) -> None:
     torch.set_num_threads(1)
+    eventful(folder.parent / "warm", None)  # imports, once, what the children need
     rungs = []
     for at in DEATHS:
         child = os.fork()
