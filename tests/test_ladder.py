@@ -341,3 +341,45 @@ def test_killed_on_every_rung_it_comes_to_the_same_bits(tmp_path: Path) -> None:
     states = [run.checkpoint.latest() for run in (first, second)]  # type: ignore[union-attr]
     assert moves(second) == [(6, *UP), (10, *BACK), (23, *UP), (29, *HOLD)]
     assert differences(*states) == []
+
+
+# -------------------------------------------------------------------------------------------- known one step later
+
+
+def test_nothing_that_was_begun_before_a_move_is_left(tmp_path: Path) -> None:
+    """With verdicts on the device the next step is under way when a move is made; it begins anew, as if never begun."""
+
+    def left(**options: Any) -> dict[str, Any]:
+        run = falling(make(None, precision=partial(QUICK, **options), epochs=3))
+        run.guard._keep_on_device = True
+        train(run)
+        assert len(moves(run)) == (1 if "watch_updates" in options else 2)
+        return {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]}
+
+    never, same, higher = left(watch_updates=99), left(raised_scale=1024.0), left(raised_scale=2048.0)
+    assert differences(never, same) == []
+    for name, tensor in never["model"].items():
+        torch.testing.assert_close(higher["model"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_copy_made_in_the_reduced_format_does_not_bring_that_back() -> None:
+    ladder = Ladder(stable_epochs=1)
+    ladder.end_epoch(1.0, update=1, epoch=0)
+    copy_of_it = ladder.state_dict()
+    assert ladder.end_step("bad", update=2, epoch=1) is not None
+    ladder.load_state_dict(copy_of_it)
+    assert ladder.dtype == torch.float16
+    assert ladder.rolled_back(update=1, epoch=1) is None
+    assert (ladder.dtype, ladder.scaler, ladder.plan.wait) == (torch.float32, None, 2)
+
+
+def test_a_run_goes_on_under_another_precision(tmp_path: Path) -> None:
+    """From the ladder to float16 and back to a ladder, which begins in float32 as a new one does."""
+    for epochs, precision, scaled in (
+        (2, QUICK, True),
+        (3, partial(Precision, "float16"), True),
+        (4, partial(QUICK, stable_epochs=9), False),
+    ):
+        run = falling(make(tmp_path, epochs=epochs, precision=precision))
+        train(run)
+        assert (run.precision.scaler is not None) == scaled and run.progress.epoch == epochs

@@ -186,7 +186,6 @@ def test_an_interrupted_run_goes_on_at_the_same_bits(tmp_path: Path) -> None:
     first.tracker.step = step  # type: ignore[method-assign]
     with pytest.raises(Killed):
         train(first)
-    first.folder.__exit__(None, None, None) if first.folder is not None else None  # type: ignore[func-returns-value]
     second = make(tmp_path / "killed", checkpoint=store, accumulate=2)
     train(second)
     states = [run.checkpoint.latest() for run in (undisturbed, second)]  # type: ignore[union-attr]
