@@ -27,12 +27,14 @@ from stabletrain.checkpoint import CheckpointStore
 from stabletrain.data import Splits
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.fault import Fp16Overflow, NanGradient, NanInput, NanLoss, NanValidation, NanWeight
+from stabletrain.incident import load_incident
 from stabletrain.optimizer import adamw
 from stabletrain.precision import Ladder, Plan, Precision
 from stabletrain.schedule import warmup_cosine
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
 from stabletrain.trainer.evaluation import evaluate_all
+from stabletrain.trainer.replay import at_incident, replay
 from trees import differences
 
 QUICK = partial(Ladder, stable_epochs=1, watch_updates=8)  # six steps an epoch
@@ -383,3 +385,15 @@ def test_a_run_goes_on_under_another_precision(tmp_path: Path) -> None:
         run = falling(make(tmp_path, epochs=epochs, precision=precision))
         train(run)
         assert (run.precision.scaler is not None) == scaled and run.progress.epoch == epochs
+
+
+def test_an_incident_is_replayed_in_the_format_in_which_it_happened(tmp_path: Path) -> None:
+    run = falling(make(tmp_path, fault=NanLoss(at=8), epochs=2))
+    train(run)
+    incident = load_incident(next((tmp_path / "incidents").iterdir()))
+    fresh = make(None, fault=NanLoss(at=8), epochs=2)
+    with at_incident(fresh, incident):
+        assert fresh.precision.dtype == torch.float16
+        assert fresh.precision.scaler is not None and fresh.guard.scaler is fresh.precision.scaler
+    assert (fresh.precision.dtype, fresh.precision.scaler) == (torch.float32, None)
+    assert replay(fresh, incident).reproduces(incident) == "yes"
