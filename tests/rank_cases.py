@@ -167,6 +167,7 @@ class Training:
     ema: bool = False
     precision: str = "float32"
     clipping: str = "norm"
+    ladder: Any = None  # instead of `precision`
     folder: str | None = None
     stop_at: int | None = None  # update at which one rank is asked to end
     every_updates: int | None = None
@@ -227,7 +228,7 @@ def run_of(training: Training) -> Run:
         guard=training.guard,
         fault=training.fault,
         ema=ExponentialMovingAverage if training.ema else None,
-        precision=partial(Precision, training.precision),
+        precision=training.ladder or partial(Precision, training.precision),
         checkpoint=partial(CheckpointStore, every_updates=training.every_updates),
         tracking=partial(Tracker, log_every=1, tensorboard=False, progress="none"),
         folder=training.folder,
@@ -266,4 +267,5 @@ def run_training(training: Training) -> dict[str, Any]:
         "clipping": run.guard.clipper.state_dict(),
         "progress": run.progress.state_dict(),
         "ledger": run.guard.ledger.state_dict(),
+        "moves": run.ladder.plan.moves if run.ladder is not None else [],
     }

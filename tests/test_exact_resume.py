@@ -20,7 +20,7 @@ from stabletrain.data import ArrayDataset, Splits
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.errors import Interrupted
 from stabletrain.optimizer import adamw
-from stabletrain.precision import Precision
+from stabletrain.precision import Ladder, Precision
 from stabletrain.schedule import Cosine
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
@@ -88,6 +88,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "a ramp of batch sizes": lambda: {
         "ramp": [{"epoch": 1, "batch_size": 24}, {"epoch": 3, "batch_size": 50, "lr": 2.0}], "epochs": 5,
         "ema": ExponentialMovingAverage,
+    },
+    "a ladder of precision": lambda: {
+        "precision": partial(Ladder, stable_epochs=1, watch_updates=5), "fault": fault.NanGradient(at=9), "epochs": 6,
+        "guard": Policy(on_rejection="rollback", snapshot_every=2), "cadence": {"every_updates": 3},
     },
     "random data with any number of workers": lambda: {"random": True, "augmentation": noisy},
 }  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from small import RootOfDistance, points
 from stabletrain import Policy, UnstableTraining
@@ -16,7 +18,7 @@ from stabletrain.data import Splits
 from stabletrain.fault import Fp16Overflow, NanGradient
 from stabletrain.incident import load_incident
 from stabletrain.optimizer import adamw
-from stabletrain.precision import Precision
+from stabletrain.precision import LossScaler, Precision
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
 from stabletrain.trainer.replay import replay
@@ -125,3 +127,23 @@ def test_a_rollback_brings_back_the_patience(tmp_path: Path) -> None:
     run.tracker.step = step  # type: ignore[method-assign]
     train(run)
     assert seen == [(0, 0), (1, 1)]
+
+
+def test_a_scale_that_was_raised_has_its_level_to_find_again() -> None:
+    scaler = LossScaler("cpu", init_scale=8.0)
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def scale_after(gradient: float) -> float:
+        weight.grad = scaler.scale(torch.tensor([gradient]))  # type: ignore[assignment]
+        scaler.unscale_(optimizer)
+        scaler.update()
+        return scaler.get_scale()
+
+    scaler.raise_to(4.0)
+    assert scale_after(1.0) == 8.0
+    scaler.raise_to(32.0)
+    assert [scale_after(gradient) for gradient in (math.inf, 1.0, math.inf, 1.0)] == [16.0, 16.0, 16.0, 16.0]
+    unused = LossScaler("cpu", init_scale=8.0)
+    unused.raise_to(32.0)
+    assert float(unused.scale(torch.ones(()))) == 32.0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from stabletrain.errors import ConfigurationError
 from stabletrain.fault import NanGradient, NanWeight, Spike
 from stabletrain.guard import Policy
 from stabletrain.parallel import DataParallel, FullySharded, SingleProcess
+from stabletrain.precision import Ladder
 
+LADDER = partial(Ladder, stable_epochs=1, watch_updates=6)
 SALVAGE = Policy(on_rejection="salvage", spikes=True)
 ROLLBACK = Policy(on_rejection="rollback", spikes=True, snapshot_every=3, rewarm=3)
 # What one process does with two microbatches, two ranks do with one each; bit for bit, since halving is exact. Where
@@ -35,6 +38,7 @@ SAME_AS_ONE_PROCESS = {
     "average of weights": Training(ema=True),
     "bfloat16": Training(precision="bfloat16"),
     "float16": Training(precision="float16"),
+    "a ladder of precision": Training(ladder=LADDER, epochs=6, fault=NanGradient(at=10)),
     "bad inputs are salvaged": Training(guard=SALVAGE, bad=(3, 40)),
     "hidden ones too": Training(guard=SALVAGE, hidden=(5, 41)),
     "both, in the same microbatches": Training(guard=SALVAGE, bad=(3, 40), hidden=(5, 41), accumulate=2),
@@ -73,7 +77,7 @@ def test_two_ranks_are_one_process_with_twice_the_microbatches(
     tolerance = 1e-5 if training.weighted or alone["summary"]["salvaged"] else 0.0
     for rank, left in enumerate(two_ranks[name]):
         assert equal(left["model"], two_ranks[name][0]["model"])
-        for part in ("model", "optimizer", "ema", "progress", "ledger", "quarantined", "summary"):
+        for part in ("model", "optimizer", "ema", "progress", "ledger", "quarantined", "summary", "moves"):
             assert equal(left[part], alone[part], tolerance), (rank, part, left[part], alone[part])
 
 
@@ -86,6 +90,7 @@ def test_what_the_cases_are_about(two_ranks: dict[str, list[dict[str, Any]]]) ->
     assert two_ranks["both, in the same microbatches"][0]["quarantined"] == [3, 5, 40, 41]
     assert two_ranks["scanned"][0]["quarantined"] == [3, 40]
     assert summaries["skipped"]["rejected"] > 0
+    assert [move["rung"] for move in two_ranks["a ladder of precision"][0]["moves"]] == [1, 0, 1]
     assert summaries["a spike"]["rejected"] == 1
     assert summaries["ruined weights are rolled back"]["rolled_back"] == 1
 

@@ -127,6 +127,11 @@ def assemble(
     )
     model = parallel.prepare(model)
     chosen_precision = precision(device=place)
+    if chosen_precision.parameters != torch.float32 and type(parallel) is not SingleProcess:
+        raise ConfigurationError(
+            "precision.parameters=bfloat16 (precision=pure_bf16) needs parallel=none: the wrappers for several "
+            "processes hold on to the parameters' format. Give precision=bf16, whose parameters stay float32."
+        )
     chosen_optimizer = optimizer(ModelParameters(model))
     chosen_ramp = Ramp(ramp)
     chosen_ramp.check(epochs, len(splits.train))
@@ -142,7 +147,7 @@ def assemble(
         model,
         chosen_optimizer,
         clip=None if isinstance(clipping, NoClipping) else clipping,
-        scaler=chosen_precision.scaler,
+        scaler=lambda: chosen_precision.scaler,
         policy=guard,
         ranks=ranks,
     )
@@ -151,12 +156,13 @@ def assemble(
         *splits.notes,
         *(f"{doubt.what}: {doubt.evidence}" for doubt in doubts(chosen_optimizer)),
         *started_from,
+        *chosen_precision.notes,
         *chosen_fault.check(
             Surroundings(
                 model=model,
                 total_steps=total_steps,
                 batch_size=batch_size,
-                loss_scale=chosen_precision.scaler is not None,
+                loss_scale=chosen_precision.scales_loss,
                 folder=Path(folder) if folder is not None else None,
             )
         ),

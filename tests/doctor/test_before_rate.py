@@ -12,7 +12,7 @@ from stabletrain.clipping import NoClipping
 from stabletrain.data import ArrayDataset
 from stabletrain.doctor.before.rate import examine_rate, find_range
 from stabletrain.optimizer import adamw, sgd
-from stabletrain.schedule import constant
+from stabletrain.schedule import Constant
 from stabletrain.task import Output
 
 from .subjects import network, state, subject
@@ -42,7 +42,7 @@ def quadratic(curvature: float, rate: float, momentum: float = 0.0, **options):
         task=Squares(),
         optimizer=partial(sgd, lr=rate, momentum=momentum),
         clipping=NoClipping(),
-        schedule=constant,
+        schedule=Constant,
         config=("optimizer=sgd", f"base_lr={rate}"),
         **options,
     )

@@ -238,7 +238,7 @@ class Replay:
         run = self.run
         run.model.eval()
         losses = []
-        with torch.no_grad(), run.precision.autocast():
+        with torch.no_grad(), run.precision.lowered(run.model), run.precision.autocast():
             for microbatch in step.microbatches:
                 if len(microbatch.indices) > 0:
                     output = run.task.step(run.model, microbatch.data)

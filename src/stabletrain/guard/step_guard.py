@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,8 @@ class StepGuard:
         clip: another way of clipping instead of `max_norm`: `(gradients, norm) -> None`, or an object such as
             `stabletrain.clipping.ZClip`, whose memory is part of the step and saved here. With an attribute `limits`
             that is False it promises no limit, and gradients whose squares overflow are rejected as without clipping.
-        scaler: the loss scaler of float16 training. `scale` stays yours; unscaling and updating are done here.
+        scaler: the loss scaler of float16 training, or a function that returns the one in use, where that changes.
+            `scale` stays yours; unscaling and updating are done here.
         scheduler: stepped here once for each applied step. Without it, call yours when `verdict.applied`.
         extra: more state that a forward changes: tensors, modules, generators, or objects with `state_dict`.
         policy: what follows from a rejected step.
@@ -76,7 +77,7 @@ class StepGuard:
         *,
         max_norm: float | None = None,
         clip: Clip = None,
-        scaler: GradScaler | None = None,
+        scaler: GradScaler | Callable[[], GradScaler | None] | None = None,
         scheduler: Any = None,
         extra: Sequence[Any] = (),
         policy: Policy | None = None,
@@ -87,7 +88,7 @@ class StepGuard:
             raise ConfigurationError(f"max_norm is {max_norm}; give a positive number, or `clip` instead, not both.")
         self.models = [model] if isinstance(model, nn.Module) else list(model)
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._scaler = scaler
         self.scheduler = scheduler
         self.policy = policy or Policy()
         self.ranks = ranks if ranks is not None else ranks_of(self.models)
@@ -141,6 +142,16 @@ class StepGuard:
         verdict = Verdict(facts)
         self._count(verdict)
         return verdict
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The loss scaler in use; None: the loss isn't scaled."""
+        scaler = self._scaler() if callable(self._scaler) else self._scaler
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    @scaler.setter
+    def scaler(self, scaler: GradScaler | None) -> None:
+        self._scaler = scaler
 
     def attach(self, *, handles_scaling: bool = True, after_step: AfterStep | None = None) -> StepGuard:
         """Decide within `optimizer.step` from now on, for a loop that belongs to somebody else and calls that itself.

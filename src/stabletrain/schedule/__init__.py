@@ -8,9 +8,6 @@ from stabletrain.schedule.cycles import CosineRestarts, OneCycle
 from stabletrain.schedule.plateau import Plateau
 from stabletrain.schedule.shapes import Constant, Cosine, InverseSqrt, Linear, Polynomial, WarmupStableDecay
 
-# Names of an earlier version, which stored settings refer to.
-constant, warmup_cosine, warmup_linear = Constant, Cosine, Linear
-
 __all__ = [
     "Constant",
     "Cosine",
@@ -24,7 +21,4 @@ __all__ = [
     "Polynomial",
     "Schedule",
     "WarmupStableDecay",
-    "constant",
-    "warmup_cosine",
-    "warmup_linear",
 ]

@@ -45,7 +45,8 @@ def evaluate(run: Run, batches: Iterable[Microbatch], **options: Any) -> dict[st
     averaged = run.ema.applied(run.model) if run.ema is not None else nullcontext()
     run.model.eval()
     try:
-        with averaged, run.precision.autocast(), keyed(key(run.seed, "evaluate"), run.device):
+        passes = run.precision.lowered(run.model), run.precision.autocast()
+        with averaged, passes[0], passes[1], keyed(key(run.seed, "evaluate"), run.device):
             return run.task.evaluate(run.model, batches, **options)
     finally:
         run.model.train(was_training)

@@ -15,6 +15,7 @@ from stabletrain.guard import Verdict
 from stabletrain.optimizer import set_learning_rate
 from stabletrain.schedule import Observing
 from stabletrain.state import EpochTotals
+from stabletrain.trainer import ladder
 from stabletrain.trainer.evaluation import measure_test
 from stabletrain.trainer.interruption import Wishes, leave, obey, poll, wanted
 from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
@@ -165,6 +166,10 @@ def finish_step(run: Run, step: Step) -> bool:
             run.ema.update(run.model)
         run.fault.after_update(step.number, run.model, run.optimizer)
     record(run, step)
+    if ladder.follow_step(run, step):
+        mended = True
+        if run.guard.begun:
+            run.guard.discard()  # computed in the format before
     if verdict.applied and run.rollback is not None:
         diverged = run.rollback.observe(run, verdict.loss)
         if diverged is not None:
@@ -205,6 +210,7 @@ def _end_epoch(run: Run, start: float, samples_before: int) -> None:
             **({"batch_size": run.loader.batch_size} if run.ramp.stages else {}),
         }
     )
+    ladder.follow_epoch(run, measured)
     _climb(run)
     run.progress.epoch, run.progress.step, run.totals = epoch + 1, 0, EpochTotals()
     run.metrics["final"] = measured

@@ -34,10 +34,13 @@ def record(run: Run, step: Step) -> None:
         "reason": verdict.reason if step.rejected_for is None else f"{step.rejected_for.reason} (salvaged)",
     }
     row |= {"rejected": run.guard.ledger.rejected, "salvaged": run.guard.ledger.salvaged}
-    if run.precision.scaler is not None:
+    if run.precision.scales_loss:
         # Asking for it waits for the device, so only where it is written down.
         shown = not verdict.applied or run.tracker.wants(run.progress.steps)
-        row["scale"] = run.precision.scaler.get_scale() if shown else None
+        scaler = run.precision.scaler
+        row["scale"] = scaler.get_scale() if shown and scaler is not None else None
+    if run.ladder is not None:
+        row["rung"] = run.ladder.plan.rung
     if not verdict.applied:
         run.totals.rejected += 1
         if verdict.reason != "overflow" or verdict.facts.scale_held:
@@ -116,6 +119,7 @@ def summarise(run: Run, status: Status, start: float, samples_before: int, messa
         rolled_back=run.rollback.count if run.rollback is not None else 0,
         incidents=run.incidents.recorded if run.incidents is not None else 0,
         quarantined=sorted(run.quarantine.found),
+        precision_moves=run.ladder.plan.moves if run.ladder is not None else [],
         checkpoints=run.checkpoint.summary() if run.checkpoint is not None else {},
     )
 

@@ -58,6 +58,7 @@ def _state(run: Run) -> dict[str, Any]:
         "quarantine": run.quarantine.state_dict(),
         "ramp": run.ramp.state_dict(),
         "schedule": run.schedule.state_dict() if isinstance(run.schedule, Stateful) else {},
+        "ladder": run.ladder.plan.state_dict() if run.ladder is not None else {},
         "rollback": whole(run.rollback.state_dict(run.progress.updates)) if run.rollback is not None else {},
         "incidents": run.incidents.state_dict() if run.incidents is not None else {},
         "fault": run.fault.state_dict(),
@@ -105,6 +106,8 @@ def resume(run: Run) -> None:
         run.ramp.load_state_dict(state["ramp"])
     if state.get("schedule") and isinstance(run.schedule, Stateful):
         run.schedule.load_state_dict(state["schedule"])
+    if run.ladder is not None and state.get("ladder"):
+        run.ladder.plan.load_state_dict(state["ladder"])
     if run.ramp.batch_size is not None:
         run.loader.resize(run.ramp.batch_size)
     if run.rollback is not None and state["rollback"]:

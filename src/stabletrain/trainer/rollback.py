@@ -15,6 +15,7 @@ from stabletrain.guard.measure import state_is_finite
 from stabletrain.guard.spikes import Divergence
 from stabletrain.optimizer import set_learning_rate
 from stabletrain.state import Stateful
+from stabletrain.trainer import ladder
 from stabletrain.trainer.run import Run
 from stabletrain.tree import is_distributed
 
@@ -172,6 +173,7 @@ class Rollback:
         self._divergence.load_state_dict(kept["divergence"])
         self._divergence.wary = self._ceiling < 1.0
         run.ramp.disturb()
+        ladder.follow_rollback(run)
         self.count += 1
         run.tracker.warning(
             f"rolled back to update {kept['updates']} (rollback {self.count} of {self.policy.max_rollbacks}): "

@@ -20,7 +20,7 @@ from stabletrain.folder import RunFolder
 from stabletrain.guard import StepGuard, Verdict
 from stabletrain.incident import IncidentStore
 from stabletrain.parallel import SingleProcess
-from stabletrain.precision import Precision
+from stabletrain.precision import Ladder, Precision
 from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp
 from stabletrain.signals import Signals
@@ -92,6 +92,11 @@ class Run:
         )
 
     @property
+    def ladder(self) -> Ladder | None:
+        """The precision, where it is one that changes in the course of the run."""
+        return self.precision if isinstance(self.precision, Ladder) else None
+
+    @property
     def ranks(self) -> Ranks:
         """The processes of this run."""
         return self.parallel.ranks
@@ -118,6 +123,7 @@ class Summary:
     rolled_back: int = 0
     incidents: int = 0
     quarantined: list[int] = field(default_factory=list)
+    precision_moves: list[dict[str, Any]] = field(default_factory=list)  # of a ladder, in order
     checkpoints: dict[str, Any] = field(default_factory=dict)  # saved, failed, refused, and the last problem
 
 

@@ -36,22 +36,23 @@ def forward_backward(run: Run, step: Step, *, alone: bool = False) -> list[Tenso
     # Ranks can't know each other's weights before, so they expect 1 for each sample; gradients are averaged over ranks.
     expected: float | Tensor = run.loader.batch_size / ranks.size if ranks.together else 0.0
     total: float | Tensor = 0.0
-    for number, microbatch in left:
-        place = number * step.ranks + step.rank  # among the microbatches of all ranks
-        with (
-            keyed(key(run.seed, "step", step.epoch, step.index, place), run.device),
-            gradients_wait(network, last=number == left[-1][0]),
-        ):
-            data = run.augmentation(microbatch.data)
-            with run.precision.autocast():
-                output = run.task.step(network, data)
-            loss_sum = run.fault.loss(step.number, output.loss_sum)
-            weight = _at_least_something(output.weight)
-            if not losses and not ranks.together:
-                expected = weight * len(step.microbatches)
-            run.precision.scale(loss_sum / expected).backward()  # type: ignore[no-untyped-call]
-        losses.append((loss_sum / weight).detach())
-        total = total + output.weight
+    with run.precision.lowered(run.model):
+        for number, microbatch in left:
+            place = number * step.ranks + step.rank  # among the microbatches of all ranks
+            with (
+                keyed(key(run.seed, "step", step.epoch, step.index, place), run.device),
+                gradients_wait(network, last=number == left[-1][0]),
+            ):
+                data = run.augmentation(microbatch.data)
+                with run.precision.autocast():
+                    output = run.task.step(network, data)
+                loss_sum = run.fault.loss(step.number, output.loss_sum)
+                weight = _at_least_something(output.weight)
+                if not losses and not ranks.together:
+                    expected = weight * len(step.microbatches)
+                run.precision.scale(loss_sum / expected).backward()  # type: ignore[no-untyped-call]
+            losses.append((loss_sum / weight).detach())
+            total = total + output.weight
     _correct(run, expected, total, ranks, only=len(step.microbatches) == 1)
     run.fault.after_backward(step.number, run.model)
     return losses

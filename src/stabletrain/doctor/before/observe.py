@@ -111,7 +111,8 @@ def observe(
     result = Observation()
     run = subject.run
     model = model if model is not None else subject.fresh_model()
-    with keyed_all(key(run.seed, "doctor")), precision.active(), _quiet(), _watched(model, result) as roots:
+    passes = precision.active(), precision.lowered(model)
+    with keyed_all(key(run.seed, "doctor")), passes[0], passes[1], _quiet(), _watched(model, result) as roots:
         try:
             with torch.set_grad_enabled(backward), precision.autocast():
                 output = run.task.step(model, data)
