@@ -39,7 +39,7 @@ train-stable-multi: $(INSTALLED) ## train it with the preset stable on PROCESSES
 	@$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m stabletrain +preset=stable parallel=ddp $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests and the examples in docstrings
-	@$(RUN) -m pytest -q -n 2 --dist worksteal $(ARGS)
+	@$(RUN) -m pytest -q -n 3 --dist worksteal $(ARGS)
 
 test-mutants: $(DEVELOPMENT) ## leave out each statement of the guard in turn: some test has to fail (half an hour)
 	@MUTANTS=all $(RUN) -m pytest -q -n 2 --dist worksteal tests/guard/test_mutation.py $(ARGS)
