@@ -35,7 +35,7 @@ def save(run: Run, metrics: dict[str, float] | None = None) -> None:
     """
     assert run.checkpoint is not None
     further: dict[str, Any] = {}
-    run.ranks.same_buffers(run.model)
+    run.same_buffers()
     if run.rollback is not None and (kept := run.rollback.kept()) is not None:
         further[ROLLBACK_NAME] = whole(kept)
     position = {name: getattr(run.progress, name) for name in ("epoch", "step", "steps")}
@@ -83,6 +83,7 @@ def resume(run: Run) -> None:
     state |= _divided(run, state)
     _load_model(run.model, state["model"])
     changed = _load_optimizer(run, state) | changed
+    _load_objective(run, state.get("loss"))
     if any(change.of_the_objective for change in changed.values()):
         _forget_losses(run, state)
     if run.ema is not None:
@@ -171,8 +172,25 @@ def _has_batch_norm(model: nn.Module) -> bool:
 def _load_optimizer(run: Run, state: dict[str, Any]) -> dict[str, Change]:
     """Load the optimizer's state under today's settings; return by key those that were changed."""
     saved, changed = with_changed(state["optimizer"], state["hyperparameters"], run.hyperparameters)
-    run.optimizer.load_state_dict(saved)
+    try:
+        run.optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"the checkpoint's optimizer trained other parameters ({error}). The loss may have parameters of its own: "
+            "go on with the loss that it had, or start a new run from its weights (init_from)."
+        ) from error
     return {f"optimizer.{name}": Change(f"optimizer.{name}", *pair) for name, pair in changed.items()}
+
+
+def _load_objective(run: Run, saved: dict[str, Tensor] | None) -> None:
+    """Load the loss's own state; a loss that had none, or another one, begins with it as it is."""
+    if run.objective is None or saved is None:
+        return
+    own = run.objective.state_dict()
+    if {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in saved.items()}:
+        run.objective.load_state_dict(saved)
+    else:
+        run.notes.append(f"{type(run.objective).__name__} begins anew: what the checkpoint holds is another loss's")
 
 
 def _kept(run: Run, state: dict[str, Any], kept: dict[str, Any] | None) -> dict[str, Any] | None:

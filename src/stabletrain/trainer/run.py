@@ -25,7 +25,7 @@ from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp
 from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals, Progress
-from stabletrain.task import Task
+from stabletrain.task import Task, memory_of
 from stabletrain.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -90,6 +90,17 @@ class Run:
         return Step(
             epoch=epoch, index=index, number=number, microbatches=microbatches, rank=ranks.rank, ranks=ranks.size
         )
+
+    @property
+    def objective(self) -> nn.Module | None:
+        """The task's loss, where it has parameters or buffers: they are trained, judged and saved like the model's."""
+        return memory_of(self.task)
+
+    def same_buffers(self) -> None:
+        """Let every rank's buffers, of the model and of the loss, be the first rank's."""
+        for module in (self.model, self.objective):
+            if module is not None:
+                self.ranks.same_buffers(module)
 
     @property
     def ranks(self) -> Ranks:

@@ -165,6 +165,7 @@ class _Trainer:
     def _run_of(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Run:
         return dataclasses.replace(
             self.subject.run,
+            task=self.subject.fresh_task(),
             model=model,
             network=model,
             optimizer=optimizer,

@@ -1,0 +1,81 @@
+"""Every loss at its extremes: values and gradients are finite in every format, and point where those of float64 do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loss_cases import CASES, Case
+
+EDGES = torch.tensor([-1e4, -88.0, -20.0, -17.0, -1.0, -0.0, 1e-6, 1.0, 17.0, 20.0, 88.0, 1e4], dtype=torch.float64)
+
+
+def drawn(case: Case, seed: int, samples: int, scale: float | None) -> tuple[list[Tensor], Any]:
+    """Return outputs in float64, normal of a scale or (None) of extreme numbers and some ordinary ones, and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for shape in case.outputs:
+        values = torch.randn(samples, *shape, generator=generator, dtype=torch.float64)
+        if scale is None:
+            extreme = EDGES[torch.randint(len(EDGES), values.shape, generator=generator)]
+            values = torch.where(torch.rand(values.shape, generator=generator) < 0.7, extreme, values)
+        else:
+            values = (values * scale).clamp(-1e4, 1e4)
+        tensors.append(values)
+    return tensors, case.targets(samples, generator)
+
+
+def run(case: Case, tensors: list[Tensor], targets: Any) -> tuple[Tensor, list[Tensor]]:
+    """Return the mean loss as the trainer takes it, and the gradient of each output."""
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    values, weights = case.call(leaves, targets)
+    total = values.sum() if weights is None else (values * weights).sum()
+    weight = float(len(values)) if weights is None else weights.sum().item()
+    loss = total / (weight if weight > 0 else 1.0)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return loss.detach(), [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
+
+
+def check(case: Case, tensors: list[Tensor], targets: Any, dtype: torch.dtype) -> None:
+    rounded = [tensor.to(dtype) for tensor in tensors]
+    loss, grads = run(case, rounded, targets)
+    exact, exact_grads = run(case, [tensor.double() for tensor in rounded], targets)
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-3, atol=1e-5)
+    info = torch.finfo(dtype)
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == dtype
+        inside = (
+            exact_grad.abs() < info.max
+        )  # beyond it Inf is right, and a loss scaler sees it
+        assert torch.isfinite(grad[inside]).all()
+        assert not torch.isnan(grad).any()
+        norm = float(exact_grad.norm())
+        if inside.all() and norm > info.tiny:
+            cosine = float((grad.double() * exact_grad).sum() / (grad.double().norm() * norm))
+            assert cosine > 0.99, f"{grad} instead of {exact_grad}"
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    samples=st.sampled_from([1, 2, 5]),
+    scale=st.sampled_from([None, None, 1e-2, 1.0, 30.0, 1e4]),
+    one_class=st.booleans(),
+)
+def test_values_and_gradients_at_extremes(
+    name: str, seed: int, samples: int, scale: float | None, one_class: bool
+) -> None:
+    case = CASES[name]
+    tensors, targets = drawn(case, seed, samples, scale)
+    if one_class and isinstance(targets, Tensor) and not targets.is_floating_point():
+        targets = torch.full_like(targets, int(targets.flatten()[0]))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check(case, tensors, targets, dtype)
