@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loss_cases import CASES, Case
+from loss_cases import CASES, IGNORED, Case
 
 EDGES = torch.tensor([-1e4, -88.0, -20.0, -17.0, -1.0, -0.0, 1e-6, 1.0, 17.0, 20.0, 88.0, 1e4], dtype=torch.float64)
 
@@ -51,9 +51,7 @@ def check(case: Case, tensors: list[Tensor], targets: Any, dtype: torch.dtype) -
     info = torch.finfo(dtype)
     for grad, exact_grad in zip(grads, exact_grads, strict=True):
         assert grad.dtype == dtype
-        inside = (
-            exact_grad.abs() < info.max
-        )  # beyond it Inf is right, and a loss scaler sees it
+        inside = exact_grad.abs() < info.max  # beyond it Inf is right, and a loss scaler sees it
         assert torch.isfinite(grad[inside]).all()
         assert not torch.isnan(grad).any()
         norm = float(exact_grad.norm())
@@ -79,3 +77,50 @@ def test_values_and_gradients_at_extremes(
         targets = torch.full_like(targets, int(targets.flatten()[0]))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check(case, tensors, targets, dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_empty_batch_has_no_loss_and_no_gradient(name: str) -> None:
+    tensors, targets = drawn(CASES[name], 0, 0, 1.0)
+    loss, grads = run(CASES[name], tensors, targets)
+    assert float(loss) == 0.0
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ignores])
+def test_what_is_ignored_does_not_count(name: str) -> None:
+    case = CASES[name]
+    tensors, targets = drawn(case, 1, 6, 2.0)
+    targets[:3] = targets[:3] * 0  # so that a loss over pairs has some
+    out = torch.tensor([4, 5])
+    left, kept = run(case, [tensor[:4] for tensor in tensors], targets[:4])
+    targets[out] = IGNORED
+    for tensor in tensors:
+        tensor[out] = float("nan")  # not even this may come through
+    loss, grads = run(case, tensors, targets)
+    torch.testing.assert_close(loss, left)
+    for grad, expected in zip(grads, kept, strict=True):
+        torch.testing.assert_close(grad[:4], expected)
+        assert torch.equal(grad[out], torch.zeros_like(grad[out]))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ignores])
+def test_a_batch_of_ignored_labels_has_no_loss_and_no_gradient(name: str) -> None:
+    tensors, targets = drawn(CASES[name], 2, 4, None)
+    loss, grads = run(CASES[name], tensors, torch.full_like(targets, IGNORED))
+    assert float(loss) == 0.0
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_and_low_precision_change_nothing(name: str) -> None:
+    case = CASES[name]
+    tensors, targets = drawn(case, 3, 4, 1.0)
+    low = [tensor.bfloat16() for tensor in tensors]
+    expected, expected_weights = case.call([tensor.float() for tensor in low], targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, weights = case.call(low, targets)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, expected)
+    assert (weights is None) == (expected_weights is None)
+    assert weights is None or torch.equal(weights, expected_weights)

@@ -84,8 +84,8 @@ class TEMI(Loss):
         if self.leave_out_bad_heads:
             healthy = _finite_heads(student) & _finite_heads(teacher)
             student, teacher = (torch.where(healthy[:, None], part, 0.0) for part in (student, teacher))
-        log_p = _log_softmax(student / self.student_temperature)
-        log_q = _log_softmax(teacher / self.teacher_temperature)
+        log_p = _log_softmax(student, self.student_temperature)
+        log_q = _log_softmax(teacher, self.teacher_temperature)
         if self.training and len(teacher) > 0:
             self._move(torch.exp(log_q).mean((0, 1)), healthy)
         log_share = self.marginal.to(log_p).clamp_min(LEAST_SHARE).log()
@@ -130,9 +130,10 @@ class TEMI(Loss):
         return wide(parts[0]), wide(parts[1].detach())
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Return log p over the last dimension."""
-    return log_softmax(logits.flatten(0, -2)).view(logits.shape)
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return log p over the last dimension; the largest logit is taken off first, where the difference is exact."""
+    sharpened = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
+    return log_softmax(sharpened.flatten(0, -2)).view(logits.shape)
 
 
 def _finite_heads(logits: torch.Tensor) -> torch.Tensor:
