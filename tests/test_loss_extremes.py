@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loss_cases import CASES, IGNORED, Case
+from test_task import CountWaits
 
 EDGES = torch.tensor([-1e4, -88.0, -20.0, -17.0, -1.0, -0.0, 1e-6, 1.0, 17.0, 20.0, 88.0, 1e4], dtype=torch.float64)
 
@@ -124,3 +125,15 @@ def test_autocast_and_low_precision_change_nothing(name: str) -> None:
     assert torch.equal(values, expected)
     assert (weights is None) == (expected_weights is None)
     assert weights is None or torch.equal(weights, expected_weights)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "ctc"])  # torch's own CTC reads the lengths
+def test_no_loss_waits_for_the_device(name: str) -> None:
+    case = CASES[name]
+    tensors, targets = drawn(case, 4, 4, 1.0)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    loss = case.loss()
+    with CountWaits() as count:
+        values, weights = case.call(leaves, targets, loss)
+        (values if weights is None else values * weights).sum().backward()
+    assert count.waits == 0
