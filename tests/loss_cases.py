@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from composed import Clusters, EachStep, Samples
+from stabletrain.assembly import assemble
+from stabletrain.data import ArrayDataset, Splits
+from stabletrain.errors import ConfigurationError
 from stabletrain.loss import (
     BPR,
     CTC,
@@ -28,6 +33,11 @@ from stabletrain.loss import (
     WeightedCrossEntropy,
     ZLoss,
 )
+from stabletrain.parallel import DataParallel
+from stabletrain.task import Supervised
+from stabletrain.tracking import Tracker
+from stabletrain.trainer import Run, train
+from stabletrain.trainer.step import begin_step
 
 IGNORED = 9
 Draw = Callable[..., Tensor]
@@ -115,3 +125,26 @@ CASES: dict[str, Case] = {
     "temi": Case(lambda: TEMI(4, heads=3), ((2, 3, 4), (2, 3, 4)), nothing),
     "z_loss": Case(lambda: ZLoss(FocalLoss(ignore_index=IGNORED), 1e-2), ((4,),), labels(4), ignores=True),
 }
+
+
+def memory_on_ranks(folder: str) -> dict[str, Any]:
+    """Train TEMI on this rank, and say what its marginal is where all ranks must have one; for `run_ranks`."""
+    data = Splits(ArrayDataset(Samples("views").inputs, Samples("views").answers))
+
+    def made(loss: Loss, model: nn.Module) -> Run:
+        task, quiet = Supervised(loss), partial(Tracker, tables=False, tensorboard=False, progress="none")
+        return assemble(model, data, epochs=1, batch_size=12, task=task, parallel=DataParallel(), tracking=quiet)
+
+    run = made(TEMI(3, heads=2), Clusters())
+    train(run)
+    found = {"after training": run.objective.marginal.clone()}
+    begin_step(run)
+    found["in a step"] = run.objective.marginal.clone()
+    run.objective.marginal.mul_(1 + run.ranks.rank)
+    run.same_buffers()
+    found["to be saved"] = run.objective.marginal.clone()
+    try:
+        made(InfoNCE(learnable=True), EachStep())
+    except ConfigurationError as error:
+        found["said"] = str(error)
+    return found

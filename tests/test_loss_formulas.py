@@ -118,6 +118,18 @@ def test_dice_follows_the_formula(shares: bool) -> None:
     assert_same([normal(2, 4, 1, 5, 2)], lambda x: Dice(smooth=0.5)(x, yes)[0], of_one)
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_dice_loss_of_a_certain_place_keeps_its_digits(label: int) -> None:
+    narrow = torch.tensor([[[22.0], [0.0]]], requires_grad=True)
+    wide = narrow.detach().double().requires_grad_()
+    p, t = wide.softmax(1)[0, :, 0], torch.eye(2, dtype=torch.float64)[label]
+    expected = ((p * (1 - t) + t * p.flip(0)) / (p + t + 1)).mean()  # the other class's p is 1 - p
+    values, _ = Dice()(narrow, torch.tensor([[label]]))
+    torch.testing.assert_close(values[0].double(), expected, rtol=1e-5, atol=0)
+    (grad,), (exact,) = torch.autograd.grad(values.sum(), narrow), torch.autograd.grad(expected, wide)
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=0)
+
+
 def test_an_empty_mask_that_is_predicted_empty_has_no_dice_loss() -> None:
     values, weights = Dice()(torch.full((2, 1, 4), -1e4), torch.zeros(2, 4))
     assert values.tolist() == [0.0, 0.0]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import composed
+from loss_cases import memory_on_ranks
+from ranks import run_ranks
 from stabletrain.assembly import assemble
 from stabletrain.checkpoint import CheckpointStore
 from stabletrain.checkpoint.health import unhealthy_names
@@ -24,7 +26,7 @@ from stabletrain.loss import TEMI, CrossEntropy, InfoNCE, Loss
 from stabletrain.task import Supervised
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, loop, train
-from stabletrain.trainer.replay import replay
+from stabletrain.trainer.replay import at_incident, replay
 from stabletrain.trainer.resume import resume
 from stabletrain.trainer.rollback import copied, learned_state
 from stabletrain.trainer.run import Step
@@ -92,10 +94,13 @@ def test_an_incident_holds_it_and_its_replay_leaves_the_run_alone(tmp_path: Path
     assert summary.finite == {"parameters": True, "buffers": True, "optimizer": True}
     assert run.guard.models == [run.model, run.objective]
     before = state(run)
+    assert len(incident_folders(tmp_path)) == 2
     for folder in incident_folders(tmp_path):
         incident = load_incident(folder)
         assert incident.state is not None
         assert list(incident.state["loss"]) == ["marginal"]
+        with at_incident(run, incident):
+            assert torch.equal(run.objective.marginal, incident.state["loss"]["marginal"])
         assert replay(run, incident).reproduces(incident) == "yes"
     assert differences(state(run), before) == []
 
@@ -190,3 +195,12 @@ def test_a_loss_without_memory_changes_no_checkpoint(tmp_path: Path) -> None:
     run = make(tmp_path, loss=CrossEntropy(), model=composed.EachStep())
     assert run.objective is None
     assert "loss" not in learned_state(run)
+
+
+def test_ranks_begin_and_save_with_the_first_ones_memory() -> None:
+    ((first, second),) = run_ranks(memory_on_ranks, 2, [""])
+    assert not torch.equal(first["after training"], second["after training"])  # each has seen samples of its own
+    for place in ("in a step", "to be saved"):
+        assert torch.equal(first[place], second[place])
+        assert torch.equal(first[place], first["after training"])
+    assert "loss.learnable=false" in first["said"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from stabletrain.loss.base import Loss, Values, aligned, checked, wide
 from stabletrain.loss.cross_entropy import distribution
 from stabletrain.loss.ignoring import apart, checked_index
-from stabletrain.loss.probability import log_softmax
+from stabletrain.loss.probability import log_probabilities
 
 
 class Dice(Loss):
@@ -49,9 +49,8 @@ class Dice(Loss):
             p, rest, shares = (part.unsqueeze(1) for part in (p, rest, shares))
         else:
             logits, targets, ignored = apart(logits, targets, self.ignore_index)
-            log_p = log_softmax(logits)
+            p, rest = (torch.exp(part) for part in log_probabilities(logits))
             shares = distribution(targets, logits, 0.0)
-            p, rest = torch.exp(log_p), -torch.expm1(log_p)
         if ignored is not None:
             hidden = ignored.unsqueeze(1)
             p, rest, shares = (torch.where(hidden, 0.0, part) for part in (p, rest, shares))
