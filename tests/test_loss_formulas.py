@@ -341,6 +341,7 @@ def test_the_z_loss_adds_the_square_of_the_log_partition(inner: torch.nn.Module)
         (lambda: ZLoss(MeanSquaredError()), ["MeanSquaredError", "FocalLoss", "loss@loss.loss"]),
         (lambda: CrossEntropy(ignore_index=0.5), ["ignore_index", "0.5"]),
         (lambda: MeanSquaredError()(torch.zeros(4, 1), torch.zeros(4, 2)), ["[4, 1]", "[4, 2]"]),
+        (lambda: MeanSquaredError()(torch.zeros(4, 1), torch.zeros(1, 4)), ["[4, 1]", "[1, 4]"]),
         (lambda: MeanSquaredError()((torch.zeros(4),), torch.zeros(4)), ["tuple", "one tensor"]),
         (lambda: BPR()(torch.zeros(4, 3)), ["[4, 3]", "scores"]),
         (lambda: InfoNCE()((torch.zeros(4, 3), torch.zeros(4, 2))), ["[4, 3]", "[4, 2]"]),

@@ -90,7 +90,8 @@ def aligned(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
             f"{type(targets).__name__} of targets: let model and data give tensors of one shape."
         )
     outputs = wide(outputs)
-    if [size for size in outputs.shape if size != 1] != [size for size in targets.shape if size != 1]:
+    same = [size for size in outputs.shape if size != 1] == [size for size in targets.shape if size != 1]
+    if not same or outputs.shape[:1] != targets.shape[:1]:
         raise ConfigurationError(
             f"the model returned {list(outputs.shape)} for targets of the shape {list(targets.shape)}; this loss "
             "compares element with element, so let the model have as many outputs as a sample has targets "

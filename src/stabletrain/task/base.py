@@ -100,6 +100,7 @@ class LossTask:
                 f"{' or '.join(f'task={name}' for name in fits)}, or another loss."
             )
         self.loss = loss
+        self._looked: set[torch.device] = set()
 
     def step(self, model: nn.Module, data: Any) -> Output:
         """Return the loss of one microbatch.
@@ -119,6 +120,15 @@ class LossTask:
         if weights is None:
             return Output(per_sample.sum(), float(len(per_sample)), per_sample_loss=known)
         return Output((per_sample * weights).sum(), weights.sum(), per_sample_loss=known)
+
+    def _first_on(self, device: torch.device) -> bool:
+        """Return whether this is an accelerator's first microbatch.
+
+        There a bad label would end the process; looking costs a wait, so only the first microbatch is looked at.
+        """
+        first = device.type != "cpu" and device not in self._looked
+        self._looked.add(device)
+        return first
 
     def _losses(self, outputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         per_sample, weights = self.loss(outputs, targets)

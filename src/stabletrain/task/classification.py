@@ -32,10 +32,6 @@ class Classification(AdditiveTask):
     name = "classification"
     counts = 2
 
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__(loss)
-        self._checked_devices: set[torch.device] = set()
-
     def _counted(self, outputs: Any, targets: torch.Tensor) -> Sequence[torch.Tensor]:
         if targets.is_floating_point():
             right = outputs.argmax(1) == targets.argmax(1)
@@ -58,10 +54,8 @@ class Classification(AdditiveTask):
                 f"the model returned {list(logits.shape)} for {len(targets)} samples; logits of the shape [samples, "
                 f"classes] = [{len(targets)}, C] are needed."
             )
-        if logits.device.type != "cpu" and logits.device not in self._checked_devices:
-            # There a bad label would end the process; looking costs a wait, so only the first microbatch is looked at.
+        if self._first_on(logits.device):
             check_labels(self.loss, targets, logits.shape[1])
-            self._checked_devices.add(logits.device)
         try:
             per_sample, weights = self.loss(logits, targets)
         except (IndexError, RuntimeError):

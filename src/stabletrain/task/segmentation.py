@@ -42,11 +42,13 @@ class Segmentation(AdditiveTask):
                 f"the model returned {given} for targets of the shape {list(getattr(targets, 'shape', []))}; logits "
                 "[samples, classes, ...] and class numbers [samples, ...] of the same places are needed."
             )
+        if not one and self._first_on(logits.device):
+            check_labels(self.loss, targets, logits.shape[1], places=logits.dim() - 1)
         try:
             per_sample, weights = self.loss(logits, targets)
         except (IndexError, RuntimeError):
             if not one:
-                check_labels(self.loss, targets, logits.shape[1], places=targets.dim())
+                check_labels(self.loss, targets, logits.shape[1], places=logits.dim() - 1)
             raise
         return per_sample, weights
 
