@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import stabletrain.loss
 from composed import checked
 from stabletrain.build import build
+from stabletrain.config import option_names
 from stabletrain.data import ArrayDataset, OrderedLoader
 from stabletrain.errors import ConfigurationError
 from stabletrain.loss import (
@@ -23,6 +25,7 @@ from stabletrain.loss import (
     Dice,
     FocalLoss,
     GaussianNLL,
+    Loss,
     MeanSquaredError,
     WeightedCrossEntropy,
     ZLoss,
@@ -199,3 +202,16 @@ def test_plain_makes_no_other_kind_of_loss() -> None:
     assert isinstance(plain, BinaryCrossEntropy)
     assert (plain.positive_weight, plain.label_smoothing, plain.ignore_index) == (1.0, 0.0, -1)
     assert FocalLoss(ignore_index=-1).simplified("plain").ignore_index == -1
+
+
+def test_every_loss_is_documented_with_formula_and_source() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "losses.md").read_text()
+    for group in ("loss", "task"):
+        assert [name for name in option_names(group) if f"`{name}`" not in text] == []
+    kinds = [kind for name in stabletrain.loss.__all__ if isinstance(kind := getattr(stabletrain.loss, name), type)]
+    assert len(kinds) == 17
+    for kind in kinds:
+        if kind is not Loss:
+            said = kind.__doc__ or ""
+            assert "`" in said.partition("Args:")[0] and "References:" in said and "Example:" in said, kind
+            assert kind.tasks is not None and "supervised" in kind.tasks
