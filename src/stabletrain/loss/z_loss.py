@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from stabletrain.errors import ConfigurationError
-from stabletrain.loss.base import Loss, Values, checked, wide
+from stabletrain.loss.base import Loss, Modes, Values, checked, wide
 from stabletrain.loss.cross_entropy import CLASS_TASKS, CrossEntropy, WeightedCrossEntropy
 from stabletrain.loss.focal import FocalLoss
 from stabletrain.loss.ignoring import apart, by_sample
@@ -37,6 +37,7 @@ class ZLoss(Loss):
         tensor([2.0571])
     """
 
+    modes: ClassVar[Modes] = {"smoothed": "the other loss smoothed", "plain": "the other loss plain"}
     tasks: ClassVar[tuple[str, ...] | None] = CLASS_TASKS
 
     def __init__(self, loss: Loss, coefficient: float = 1e-4) -> None:
