@@ -19,6 +19,19 @@ from stabletrain.tree import tensors
 SMALL = ("experiment=tabular", "batch_size=128", "epochs=1", "seed=3", "base_lr=1e-3", "device=cpu")  # 3 steps
 ROWS = 60  # of the tables written below: 42 of them to train on
 
+
+def own(kind: str, *more: str) -> Sequence[str]:
+    """What a loss needs whose samples are of another kind than a class."""
+    samples = ("data=dataset", "data.dataset._target_=composed.Samples", f"+data.dataset.kind={kind}", "batch_size=14")
+    return (*samples, *more)
+
+
+BINARY = ("task=binary", "model.num_classes=1")
+REGRESSION = own("points", "task=regression", "model.num_classes=1")
+PLACES = own(
+    "places", "task=segmentation", "model._target_=composed.Pixels", "model.in_features=1", "model.num_classes=2"
+)
+VIEWS = own("views", "task=supervised", "model._target_=composed.EachStep", "model.num_classes=4")
 # What an option needs besides itself.
 NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ("model", "convnet"): ("data=digits", "batch_size=419"),
@@ -30,6 +43,21 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ("data", "parquet"): ("data.path=table.parquet", "data.target=kind", "batch_size=14"),
     ("data", "dataset"): ("data.dataset._target_=composed.Points", "+data.dataset.count=60", "batch_size=14"),
     ("experiment", "digits"): ("batch_size=419",),
+    ("loss", "bce"): BINARY,
+    ("loss", "binary_focal"): BINARY,
+    ("loss", "dice"): PLACES,
+    ("loss", "mse"): REGRESSION,
+    ("loss", "huber"): REGRESSION,
+    ("loss", "gaussian_nll"): (*REGRESSION[:-1], "model.num_classes=2"),
+    ("loss", "bpr"): ("task=supervised",),
+    ("loss", "info_nce"): (*VIEWS, "loss.learnable=true"),
+    ("loss", "supervised_contrastive"): VIEWS,
+    ("loss", "ctc"): own("steps", "task=supervised", "model._target_=composed.EachStep", "model.num_classes=4"),
+    ("loss", "temi"): (*VIEWS, "model._target_=composed.Clusters", "loss.num_classes=3", "loss.heads=2"),
+    ("task", "binary"): (*BINARY, "loss=bce"),
+    ("task", "regression"): (*REGRESSION, "loss=mse"),
+    ("task", "segmentation"): (*PLACES, "loss=cross_entropy"),
+    ("task", "supervised"): ("loss=kl",),
     ("experiment", "sequences"): ("data.samples=60", "batch_size=14"),
 }
 OPTIONS = [
@@ -66,7 +94,7 @@ def write_tables() -> None:
 
 def stateful_parts(run) -> dict[str, Stateful]:
     parts = {"model": run.model, "optimizer": run.optimizer, "ema": run.ema, "precision": run.precision}
-    parts |= {"guard": run.guard, "progress": run.progress, "totals": run.totals}
+    parts |= {"loss": run.objective, "guard": run.guard, "progress": run.progress, "totals": run.totals}
     parts |= {"schedule": run.schedule} if isinstance(run.schedule, Stateful) else {}
     return {name: part for name, part in parts.items() if part is not None}
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from stabletrain.augmentation import Unchanged
 from stabletrain.checkpoint import CheckpointStore, has_checkpoints, nonfinite_names
 from stabletrain.clipping import Clipping, NoClipping, Norm
+from stabletrain.collectives import Ranks
 from stabletrain.data import Loader, OrderedLoader, Splits
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.errors import ConfigurationError
@@ -32,7 +33,7 @@ from stabletrain.precision import Precision
 from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp, Stage
 from stabletrain.schedule import Cosine, Schedule
-from stabletrain.task import Classification, Task
+from stabletrain.task import Classification, Task, memory_of
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, Summary, train
 from stabletrain.trainer.rollback import Rollback
@@ -132,7 +133,10 @@ def assemble(
             "precision.parameters=bfloat16 (precision=pure_bf16) needs parallel=none: the wrappers for several "
             "processes hold on to the parameters' format. Give precision=bf16, whose parameters stay float32."
         )
-    chosen_optimizer = optimizer(ModelParameters(model))
+    task = task or Classification(CrossEntropy())
+    objective = _objective(task, place, ranks)
+    learned = [model] if objective is None else [model, objective]
+    chosen_optimizer = optimizer(ModelParameters(model, objective))
     chosen_ramp = Ramp(ramp)
     chosen_ramp.check(epochs, len(splits.train))
     total_steps = chosen_ramp.planned(epochs, lambda size: loader.steps_with(size or batch_size))
@@ -144,7 +148,7 @@ def assemble(
     chosen_schedule = schedule(total_updates=total_steps, updates_per_epoch=loader.steps_per_epoch)
     average = ema(model) if ema is not None else None
     step_guard = StepGuard(
-        model,
+        learned,
         chosen_optimizer,
         clip=None if isinstance(clipping, NoClipping) else clipping,
         scaler=lambda: chosen_precision.scaler,
@@ -183,7 +187,7 @@ def assemble(
     return Run(
         model=model,
         network=parallel.wrap(model),
-        task=task or Classification(CrossEntropy()),
+        task=task,
         optimizer=chosen_optimizer,
         loader=loader,
         validation=_ordered(splits.validation, batch_size, workers, place),
@@ -274,6 +278,21 @@ def find_device(name: str) -> torch.device:
             "cuda or cuda:<number> where there is a GPU."
         ) from error
     return device
+
+
+def _objective(task: Task, device: torch.device, ranks: Ranks) -> nn.Module | None:
+    """Bring the task's loss to the device, and return it if it has parameters or buffers of its own."""
+    loss = getattr(task, "loss", None)
+    if isinstance(loss, nn.Module):
+        loss.to(device)
+    objective = memory_of(task)
+    if objective is not None and ranks.together and any(True for _ in objective.parameters()):
+        raise ConfigurationError(
+            f"the loss {type(objective).__name__} has parameters to be trained, and {ranks.size} processes train "
+            "together, which exchange the model's gradients only. Let its numbers be fixed (for info_nce: "
+            "loss.learnable=false), or train in one process."
+        )
+    return objective
 
 
 def _initialise(

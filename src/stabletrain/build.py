@@ -65,9 +65,12 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
     parts = {group: _part(group, options) for group in groups}
     model = build_model(config)
     loss, make_task = parts.pop("loss"), parts.pop("task")
+    mode, notes = config["loss_mode"], []
     with _named("loss", config):
-        loss = loss.simplified(config["loss_mode"]) if hasattr(loss, "simplified") else loss
-    return assemble(
+        if mode != "as_is" and mode not in getattr(loss, "modes", {}):
+            notes = [f"loss_mode={mode} changes nothing: {type(loss).__name__} has nothing to simplify"]
+        loss = loss.simplified(mode) if hasattr(loss, "simplified") else loss
+    run = assemble(
         model,
         splits,
         task=make_task(loss),
@@ -78,6 +81,8 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
         settings=config,
         overrides=overrides,
     )
+    run.notes += notes
+    return run
 
 
 def build_data(config: dict[str, Any]) -> Splits:

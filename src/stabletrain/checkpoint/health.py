@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-_HEALTHY_SECTIONS = ("model", "optimizer", "ema")
+_HEALTHY_SECTIONS = ("model", "optimizer", "ema", "loss")
 
 
 def unhealthy_names(files: Mapping[str, Any], exempt: Collection[str]) -> list[str]:
-    """Return the names of the tensors of model, optimizer and EMA in these files that hold NaN or an infinity.
+    """Return the names of the tensors of model, optimizer, EMA and loss in these files that hold NaN or an infinity.
 
     Args:
         files: what each file of a checkpoint is to hold.

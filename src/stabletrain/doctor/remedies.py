@@ -10,8 +10,10 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from stabletrain.checkpoint.files import checkpoint_folders, manifest_or_none
+from stabletrain.config.keys import locate
 from stabletrain.doctor.diagnosis import Remedy
 from stabletrain.doctor.replaying import Replay, run_of
 from stabletrain.errors import ConfigurationError
@@ -71,10 +73,9 @@ def candidates(
         path = _listed(folder, indices)
         added = "" if "quarantine" in settings.get("guard", {}) else "+"
         yield "data", f"{added}guard.quarantine={path}"
-    if settings.get("loss_mode") == "as_is":
-        yield "loss", "loss_mode=smoothed"
-    if settings.get("loss_mode") != "plain":
-        yield "loss", "loss_mode=plain"
+    for mode, before in (("smoothed", ("as_is",)), ("plain", ("as_is", "smoothed"))):
+        if settings.get("loss_mode") in before and simplifies(settings, mode):
+            yield "loss", f"loss_mode={mode}"
     for rate in rates(incident):
         yield "learning rate and clipping", f"optimizer.lr={rate:g}"
     limit = settings.get("clipping", {}).get("max_norm")
@@ -99,6 +100,20 @@ def checkpoint_before(incident: Incident, folder: Path) -> Path | None:
     found = [manifest_or_none(path) for path in checkpoint_folders(run_folder(folder) / "checkpoints")]
     earlier = [one for one in found if one is not None and one.updates <= incident.position["updates"]]
     return max(earlier, key=lambda checkpoint: checkpoint.serial).path if earlier else None
+
+
+def simplifies(settings: dict[str, Any], mode: str) -> bool:
+    """Return whether a mode changes the loss of these settings; a loss that doesn't say is asked by trying.
+
+    Example:
+        >>> [simplifies({"loss": {"_target_": f"stabletrain.loss.{name}"}}, "plain") for name in ("FocalLoss", "BPR")]
+        [True, False]
+    """
+    try:
+        modes = getattr(locate("loss", settings.get("loss", {}).get("_target_")), "modes", None)
+    except ConfigurationError:
+        return True
+    return modes is None or mode in modes
 
 
 def _listed(folder: Path, indices: Sequence[int]) -> Path:

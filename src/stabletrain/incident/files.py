@@ -43,7 +43,7 @@ class Incident:
     precision: dict[str, Any]  # the loss scaler before the step; empty without one
     guard: dict[str, Any]  # counts and recent history
     environment: dict[str, Any]  # torch, threads, device
-    state: dict[str, Any] | None  # model, buffers (outside the model's state_dict), optimizer, ema; None: too large
+    state: dict[str, Any] | None  # model, buffers (outside its state_dict), optimizer, ema, loss; None: too large
     samples: list[dict[str, Any]] = field(default_factory=list)  # found bad: index, and what is odd about it
     settings: dict[str, Any] = field(default_factory=dict)  # the resolved config
 

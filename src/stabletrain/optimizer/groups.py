@@ -20,6 +20,7 @@ class ModelParameters:
 
     Args:
         model: whose parameters they are.
+        loss: a module with parameters of its own, named `loss.<name>` here; they have no weight decay.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -27,12 +28,18 @@ class ModelParameters:
         True
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, loss: nn.Module | None = None) -> None:
+        self.model, self.loss = model, loss
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Visit them with their names: those of the model in its order, then those of the loss."""
+        yield from self.model.named_parameters()
+        if self.loss is not None:
+            yield from self.loss.named_parameters(prefix="loss")
 
     def __iter__(self) -> Iterator[Parameter]:
-        """Visit them in the model's order."""
-        return self.model.parameters()
+        """Visit them in the same order."""
+        return (parameter for _, parameter in self.named_parameters())
 
 
 Given = ModelParameters | nn.Module | Iterable[Parameter]
@@ -49,13 +56,14 @@ class Trained:
     """
 
     def __init__(self, given: Given) -> None:
-        model = given.model if isinstance(given, ModelParameters) else given if isinstance(given, nn.Module) else None
+        known = ModelParameters(given) if isinstance(given, nn.Module) else given
         self.names: dict[Parameter, str] = {}
-        if model is not None:
-            self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        if isinstance(known, ModelParameters):
+            of_loss = set(known.loss.parameters()) if known.loss is not None else set()
+            self.names = {p: name for name, p in known.named_parameters() if p.requires_grad}
             self.parameters = list(self.names)
-            self.without_decay = without_decay(model)
-            self.not_hidden = embeddings(model) | last_linear(model)
+            self.without_decay = without_decay(known.model) | of_loss
+            self.not_hidden = embeddings(known.model) | last_linear(known.model) | of_loss
         else:
             assert not isinstance(given, (ModelParameters, nn.Module))
             self.parameters = [parameter for parameter in given if parameter.requires_grad]

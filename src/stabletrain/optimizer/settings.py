@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stabletrain.errors import ConfigurationError
+from stabletrain.optimizer.groups import ModelParameters
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
@@ -101,7 +102,7 @@ def with_changed(
     return {**state, "param_groups": groups}, changed
 
 
-def grouping(optimizer: Optimizer, model: nn.Module) -> list[list[str]] | None:
+def grouping(optimizer: Optimizer, model: nn.Module | ModelParameters) -> list[list[str]] | None:
     """Return the names of each group's parameters, in order; None if the model doesn't know all of them.
 
     Example:
@@ -121,7 +122,7 @@ def regrouped(
     settings: list[dict[str, Any]] | None,
     before: Sequence[Sequence[str]] | None,
     optimizer: Optimizer,
-    model: nn.Module,
+    model: nn.Module | ModelParameters,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a saved state in the groups of today's optimizer, each parameter with its own memory and settings.
 

@@ -23,7 +23,7 @@ def evaluate_all(run: Run, loader: OrderedLoader) -> dict[str, float]:
 
     Where every forward is common to all ranks, or the task has no `total`, each rank measures everything.
     """
-    run.ranks.same_buffers(run.model)
+    run.same_buffers()
     shared = run.ranks.together and run.parallel.tries_alone and "total" in signature(run.task.evaluate).parameters
     batches = Polled(run, loader, shared=shared)
     return evaluate(run, batches, **({"total": run.ranks.total} if shared else {}))
@@ -62,6 +62,7 @@ def measure_test(run: Run) -> None:
         run.metrics["test"] = evaluate_all(run, run.test)
         return
     last = {"model": run.model.state_dict(), "ema": run.ema.state_dict() if run.ema is not None else {}}
+    last |= {"loss": run.objective.state_dict()} if run.objective is not None else {}
     last = {part: _cloned(state) for part, state in last.items()}
     try:
         saved = run.checkpoint.load(best.path)
@@ -91,3 +92,5 @@ def _put_weights(run: Run, state: dict[str, Any]) -> None:
     if run.ema is not None and state["ema"]:
         average = sharded_like(state["ema"]["average"], run.ema.average)
         run.ema.load_state_dict({**state["ema"], "average": average})
+    if run.objective is not None and "loss" in state:
+        run.objective.load_state_dict(state["loss"])

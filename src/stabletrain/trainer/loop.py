@@ -22,7 +22,7 @@ from stabletrain.trainer.mend import keep_incident, mend, roll_back, scan
 from stabletrain.trainer.record import located, record, say_quarantine, summarise
 from stabletrain.trainer.resume import resume, save
 from stabletrain.trainer.run import Run, Status, Step, Summary
-from stabletrain.trainer.step import forward_backward
+from stabletrain.trainer.step import begin_step, forward_backward
 from stabletrain.trainer.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,7 @@ def train_epoch(run: Run) -> None:
 
 
 def _begin(run: Run, step: Step) -> list[Tensor]:
-    run.parallel.begin_step(run.model)
-    run.guard.begin()
+    begin_step(run)
     return forward_backward(run, step)
 
 

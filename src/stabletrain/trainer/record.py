@@ -106,7 +106,7 @@ def summarise(run: Run, status: Status, start: float, samples_before: int, messa
         metrics=run.metrics,
         finite={
             "parameters": _finite(parameters),
-            "buffers": _finite(list(run.model.buffers())),
+            "buffers": _finite([buffer for part in run.guard.models for buffer in part.buffers()]),
             "optimizer": _finite(state),
         },
         seconds=round(seconds, 3),

@@ -209,7 +209,8 @@ def _state(run: Run) -> dict[str, Any]:
         "model": whole(run.model.state_dict()),
         "buffers": _other_buffers(run.model),
         "optimizer": whole(run.optimizer.state_dict()),
-        "grouping": grouping(run.optimizer, run.model),
+        "grouping": grouping(run.optimizer, run.trained),
+        **({"loss": run.objective.state_dict()} if run.objective is not None else {}),
     }
 
 
@@ -260,6 +261,8 @@ def _keep(run: Run, stack: ExitStack) -> None:
     stack.callback(_optimizer_back(run.optimizer))
     model, buffers = copy.deepcopy(run.model.state_dict()), copy.deepcopy(_other_buffers(run.model))
     stack.callback(lambda: _put_model(run.model, model, buffers))
+    if run.objective is not None:
+        stack.callback(run.objective.load_state_dict, copy.deepcopy(run.objective.state_dict()))
     modes = {module: module.training for module in run.model.modules()}
     gradients = {parameter: parameter.grad for parameter in run.model.parameters()}
 
@@ -295,8 +298,10 @@ def _load(run: Run, incident: Incident) -> None:
     assert state is not None
     try:
         _put_model(run.model, state["model"], state["buffers"])
-        saved, _ = regrouped(state["optimizer"], None, state.get("grouping"), run.optimizer, run.model)
+        saved, _ = regrouped(state["optimizer"], None, state.get("grouping"), run.optimizer, run.trained)
         run.optimizer.load_state_dict(copy.deepcopy(saved))  # it keeps what it loads
+        if run.objective is not None and "loss" in state:
+            run.objective.load_state_dict(state["loss"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigurationError(
             f"the incident {incident.name} is of another model or optimizer: {error}. Replay it with the settings in "

@@ -38,7 +38,7 @@ def save(run: Run, metrics: dict[str, float] | None = None) -> None:
     """
     assert run.checkpoint is not None
     further: dict[str, Any] = {}
-    run.ranks.same_buffers(run.model)
+    run.same_buffers()
     if run.rollback is not None and (kept := run.rollback.kept()) is not None:
         further[ROLLBACK_NAME] = whole(kept)
     position = {name: getattr(run.progress, name) for name in ("epoch", "step", "steps")}
@@ -68,7 +68,7 @@ def _state(run: Run) -> dict[str, Any]:
         "identity": run.identity,
         "settings": yaml_text(run.settings),
         "hyperparameters": run.hyperparameters,
-        "grouping": grouping(run.optimizer, run.model),
+        "grouping": grouping(run.optimizer, run.trained),
         "tied": tied_names(run.model),
     }
 
@@ -92,6 +92,7 @@ def resume(run: Run) -> None:
     state |= _divided(run, state)
     _load_model(run.model, state["model"])
     changed = _load_optimizer(run, state) | changed
+    _load_objective(run, state.get("loss"))
     if any(change.of_the_objective for change in changed.values()):
         _forget_losses(run, state)
     if run.ema is not None:
@@ -184,14 +185,31 @@ def _has_batch_norm(model: nn.Module) -> bool:
 def _load_optimizer(run: Run, state: dict[str, Any]) -> dict[str, Change]:
     """Load the optimizer's state under today's settings; return by key those that were changed."""
     saved, changed = with_changed(state["optimizer"], state["hyperparameters"], run.hyperparameters)
-    run.optimizer.load_state_dict(saved)
+    try:
+        run.optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"the checkpoint's optimizer trained other parameters ({error}). The loss may have parameters of its own: "
+            "go on with the loss that it had, or start a new run from its weights (init_from)."
+        ) from error
     return {f"optimizer.{name}": Change(f"optimizer.{name}", *pair) for name, pair in changed.items()}
 
 
 def _regrouped(
     run: Run, saved: dict[str, Any], settings: list[dict[str, Any]], before: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    return regrouped(saved, settings, before, run.optimizer, run.model)
+    return regrouped(saved, settings, before, run.optimizer, run.trained)
+
+
+def _load_objective(run: Run, saved: dict[str, Tensor] | None) -> None:
+    """Load the loss's own state; a loss that had none, or another one, begins with it as it is."""
+    if run.objective is None or saved is None:
+        return
+    own = run.objective.state_dict()
+    if {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in saved.items()}:
+        run.objective.load_state_dict(saved)
+    else:
+        run.notes.append(f"{type(run.objective).__name__} begins anew: what the checkpoint holds is another loss's")
 
 
 def _kept(

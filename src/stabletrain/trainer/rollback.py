@@ -161,6 +161,8 @@ class Rollback:
         run.optimizer.load_state_dict(kept["optimizer"])
         if run.ema is not None:
             run.ema.load_state_dict(kept["ema"])
+        if run.objective is not None and "loss" in kept:
+            run.objective.load_state_dict(kept["loss"])
         run.precision.load_state_dict(kept["precision"])
         run.progress.updates = kept["updates"]
         self._trial = None
@@ -200,7 +202,7 @@ class Rollback:
         """
         trial = self._trial
         if trial is not None and trial["updates"] == updates:
-            trial = {name: value for name, value in trial.items() if name not in ("model", "optimizer", "ema")}
+            trial = {name: value for name, value in trial.items() if name not in ("model", "optimizer", "ema", "loss")}
         return {
             "count": self.count,
             "in_a_row": self._in_a_row,
@@ -236,8 +238,10 @@ class Rollback:
 
 
 def learned_state(run: Run) -> dict[str, Any]:
-    """Return what updates change: model, optimizer, average of the weights, loss scaler."""
+    """Return what updates change: model, optimizer, average of the weights, loss scaler, and the loss's own state."""
+    loss = {"loss": run.objective.state_dict()} if run.objective is not None else {}
     return {
+        **loss,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "ema": run.ema.state_dict() if run.ema is not None else {},

@@ -19,13 +19,14 @@ from stabletrain.fault import Fault, NoFault
 from stabletrain.folder import RunFolder
 from stabletrain.guard import StepGuard, Verdict
 from stabletrain.incident import IncidentStore
+from stabletrain.optimizer import ModelParameters
 from stabletrain.parallel import SingleProcess
 from stabletrain.precision import Ladder, Precision
 from stabletrain.quarantine import Quarantine
 from stabletrain.ramp import Ramp
 from stabletrain.signals import Signals
 from stabletrain.state import EpochTotals, Progress
-from stabletrain.task import Task
+from stabletrain.task import Task, memory_of
 from stabletrain.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -95,6 +96,22 @@ class Run:
     def ladder(self) -> Ladder | None:
         """The precision, where it is one that changes in the course of the run."""
         return self.precision if isinstance(self.precision, Ladder) else None
+
+    @property
+    def objective(self) -> nn.Module | None:
+        """The task's loss, where it has parameters or buffers: they are trained, judged and saved like the model's."""
+        return memory_of(self.task)
+
+    @property
+    def trained(self) -> ModelParameters:
+        """The parameters of the model and of the loss, with their names."""
+        return ModelParameters(self.model, self.objective)
+
+    def same_buffers(self) -> None:
+        """Let every rank's buffers, of the model and of the loss, be the first rank's."""
+        for module in (self.model, self.objective):
+            if module is not None:
+                self.ranks.same_buffers(module)
 
     @property
     def ranks(self) -> Ranks:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stabletrain.data import Microbatch
 from stabletrain.guard.verdict import Facts, Verdict
 from stabletrain.trainer.run import Run, Step
-from stabletrain.trainer.step import forward_backward
+from stabletrain.trainer.step import begin_step, forward_backward
 
 NO_TRIAL = (
     "the bad samples can't be seen, and no process can try some of them alone here, because its forward waits for the "
@@ -216,6 +216,5 @@ def read_samples(run: Run, step: Step, indices: Sequence[int]) -> Microbatch:
 
 
 def _attempt(run: Run, step: Step, *, commit: bool) -> Facts:
-    run.parallel.begin_step(run.model)
-    run.guard.begin()
+    begin_step(run)
     return run.guard.attempt(forward_backward(run, step), commit=commit)

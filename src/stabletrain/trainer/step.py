@@ -58,6 +58,14 @@ def forward_backward(run: Run, step: Step, *, alone: bool = False) -> list[Tenso
     return losses
 
 
+def begin_step(run: Run) -> None:
+    """Let all ranks begin a step with the same buffers, and the guard keep what it may change."""
+    run.parallel.begin_step(run.model)
+    if run.objective is not None:
+        run.ranks.same_buffers(run.objective)
+    run.guard.begin()
+
+
 def _correct(run: Run, expected: float | Tensor, total: float | Tensor, ranks: Ranks, *, only: bool) -> None:
     """Scale the gradients by what was expected over what came, where that may differ."""
     if ranks.together:

@@ -41,7 +41,9 @@ def examine_data(subject: Subject, classes: int | None = None, *, progress: bool
         if loader is not None
     ]
     scans = {name: scan(name, len(dataset), read, limit=limit, progress=progress) for name, dataset, read in parts}
-    training = scans["training"]
+    training, ignored = scans["training"], subject.ignored_label()
+    for found in scans.values() if ignored is not None else ():
+        found.labels = {index: label for index, label in found.labels.items() if label != ignored}
     findings = [one for found in scans.values() for one in broken_samples(found, subject.config, classes)]
     for found in scans.values():
         findings += _overflowing(found, subject.config, run.precision.dtype)
@@ -279,7 +281,9 @@ def _classes(scans: dict[str, Scan], subject: Subject, classes: int | None) -> I
                 + (", or give the model fewer outputs (model.num_classes)." if name == "training" else "."),
             )
     (most, top), (rarest, bottom) = counts.most_common()[0], counts.most_common()[-1]
-    weighs = getattr(getattr(subject.run.task, "loss", None), "class_weights", None) is not None
+    loss = getattr(subject.run.task, "loss", None)
+    parts = loss.modules() if isinstance(loss, torch.nn.Module) else [loss]
+    weighs = any(getattr(part, "class_weights", None) is not None for part in parts)
     if top >= IMBALANCE * bottom and not weighs:
         words = ["loss=weighted", *(["loss_mode=as_is"] if subject.config["loss_mode"] == "plain" else [])]
         yield Finding(

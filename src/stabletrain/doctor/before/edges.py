@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabletrain.doctor.before.findings import Finding, shortened
 from stabletrain.doctor.before.numbers import wider
@@ -53,7 +53,7 @@ def edge_cases(subject: Subject) -> Iterator[tuple[str, Any]]:
     yield from _lengths(data, inputs, samples)
     if isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.dim() == 1:
         yield "one class only", with_targets(data, torch.full_like(targets, int(targets[0])))
-        ignored = _ignored_label(subject)
+        ignored = subject.ignored_label()
         if ignored is not None:
             yield "all labels ignored", with_targets(data, torch.full_like(targets, ignored))
 
@@ -125,16 +125,6 @@ def _replaced(tree: Any, old: Any, new: Any) -> Any:
     if isinstance(tree, (tuple, list)):
         return type(tree)(_replaced(item, old, new) for item in tree)
     return tree
-
-
-def _ignored_label(subject: Subject) -> int | None:
-    """Return the label that the loss passes over, if it says so as torch's losses do."""
-    loss = getattr(subject.run.task, "loss", None)
-    for module in loss.modules() if isinstance(loss, nn.Module) else ():
-        found = getattr(module, "ignore_index", None)
-        if isinstance(found, int):
-            return found
-    return None
 
 
 def _fits(data: Any, precision: Precision) -> bool:

@@ -133,7 +133,8 @@ def examine_start(subject: Subject, seen: Observation, data: Any) -> tuple[list[
             )
         )
     loss = getattr(subject.run.task, "loss", None)
-    if loss is None or output.shape[1] < 2:
+    classifies = getattr(subject.run.task, "name", "classification") == "classification"
+    if loss is None or not classifies or output.shape[1] < 2:
         return findings, facts
     try:
         with torch.no_grad():

@@ -115,7 +115,7 @@ def observe(
     with keyed_all(key(run.seed, "doctor")), passes[0], passes[1], _quiet(), _watched(model, result) as roots:
         try:
             with torch.set_grad_enabled(backward), precision.autocast():
-                output = run.task.step(model, data)
+                output = subject.fresh_task().step(model, data)
             weight = float(output.weight)
             loss = output.loss_sum / (weight if weight > 0 else 1.0)
             result.loss = float(loss.detach())

@@ -169,6 +169,7 @@ class _Trainer:
         self.clipper = Clipper(copy.copy(self.subject.run.clipping), [model], [optimizer])
         return dataclasses.replace(
             self.subject.run,
+            task=self.subject.fresh_task(),
             model=model,
             network=model,
             optimizer=optimizer,

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from stabletrain.build import build_model
 from stabletrain.optimizer import copied
 from stabletrain.precision import Precision
+from stabletrain.task import Task
 from stabletrain.trainer import Run
 from stabletrain.tree import map_tensors
 
@@ -47,6 +48,11 @@ class Subject:
         model.zero_grad(set_to_none=True)
         return model.train()
 
+    def fresh_task(self) -> Task:
+        """Return the task; a copy, where its loss has state that training changes."""
+        task = self.run.task
+        return task if self.run.objective is None else copy.deepcopy(task)
+
     def fresh_pair(self) -> tuple[nn.Module, Optimizer]:
         """Return copies of the model and of the optimizer that trains it.
 
@@ -69,6 +75,15 @@ class Subject:
         good = [index for index in loader.order(0).tolist() if index not in bad]
         data = loader.read(good[: max(2, size) if most is None else most], 0).data
         return map_tensors(torch.clone, data)
+
+    def ignored_label(self) -> int | None:
+        """Return the label that the loss passes over, if it says so as torch's losses do."""
+        loss = getattr(self.run.task, "loss", None)
+        for module in loss.modules() if isinstance(loss, nn.Module) else ():
+            found = getattr(module, "ignore_index", None)
+            if isinstance(found, int):
+                return found
+        return None
 
     def smallest_microbatch(self) -> int:
         """Return how many samples the smallest microbatch of an epoch has."""

@@ -1,0 +1,20 @@
+"""Tasks: how a model and a microbatch become a loss, and how a model is judged."""
+
+from stabletrain.task.base import Batch, Output, Task, memory_of
+from stabletrain.task.binary import Binary
+from stabletrain.task.classification import Classification
+from stabletrain.task.regression import Regression
+from stabletrain.task.segmentation import Segmentation
+from stabletrain.task.supervised import Supervised
+
+__all__ = [
+    "Batch",
+    "Binary",
+    "Classification",
+    "Output",
+    "Regression",
+    "Segmentation",
+    "Supervised",
+    "Task",
+    "memory_of",
+]
