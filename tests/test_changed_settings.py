@@ -21,7 +21,7 @@ from stabletrain.data import ArrayDataset, Splits
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.optimizer import adam, adamw, sgd, with_changed
 from stabletrain.precision import Precision
-from stabletrain.schedule import constant
+from stabletrain.schedule import Constant
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
 from stabletrain.trainer.changes import changes
@@ -41,7 +41,7 @@ def make(folder: Path, *, batch_norm: bool = True, **options: Any) -> Run:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8) if batch_norm else nn.ReLU(), nn.Linear(8, 3))
     options = {"epochs": 1, "batch_size": 16, "tracking": partial(Tracker, progress="none", log_every=1), **options}
-    options = {"optimizer": partial(adamw, lr=1e-2), "schedule": constant, **options}
+    options = {"optimizer": partial(adamw, lr=1e-2), "schedule": Constant, **options}
     return assemble(model, Splits(train=points(), validation=points()), folder=folder, **options)
 
 

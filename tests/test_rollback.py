@@ -21,7 +21,7 @@ from stabletrain.checkpoint import CheckpointStore
 from stabletrain.clipping import NoClipping
 from stabletrain.data import ArrayDataset, Splits
 from stabletrain.optimizer import adamw, sgd
-from stabletrain.schedule import constant
+from stabletrain.schedule import Constant
 from stabletrain.task import Classification, Output
 from stabletrain.tracking import Tracker
 from stabletrain.trainer import Run, train
@@ -40,7 +40,7 @@ def make(folder: Path, **options: Any) -> Run:
         "epochs": 4,
         "batch_size": 16,
         "optimizer": partial(adamw, lr=1e-2),
-        "schedule": constant,
+        "schedule": Constant,
         "tracking": QUIET,
         "guard": Policy(on_rejection="rollback", snapshot_every=3, max_rejected=2, rewarm=4, recover=6),
         **options,
@@ -355,7 +355,7 @@ def test_a_rate_that_is_100_times_too_high_is_left_behind(tmp_path: Path, guard:
         epochs=60,
         batch_size=16,
         optimizer=partial(sgd, lr=10.0, momentum=0.0),
-        schedule=constant,
+        schedule=Constant,
         clipping=NoClipping(),
         guard=Policy(on_rejection=guard, spikes=True),  # type: ignore[arg-type]
         tracking=QUIET,

@@ -185,13 +185,7 @@ def _has_batch_norm(model: nn.Module) -> bool:
 def _load_optimizer(run: Run, state: dict[str, Any]) -> dict[str, Change]:
     """Load the optimizer's state under today's settings; return by key those that were changed."""
     saved, changed = with_changed(state["optimizer"], state["hyperparameters"], run.hyperparameters)
-    try:
-        run.optimizer.load_state_dict(saved)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"the checkpoint's optimizer trained other parameters ({error}). The loss may have parameters of its own: "
-            "go on with the loss that it had, or start a new run from its weights (init_from)."
-        ) from error
+    run.optimizer.load_state_dict(saved)
     return {f"optimizer.{name}": Change(f"optimizer.{name}", *pair) for name, pair in changed.items()}
 
 
