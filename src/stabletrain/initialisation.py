@@ -289,7 +289,7 @@ class ScaledResidual(TruncatedNormal):
     Example:
         >>> layer = nn.TransformerEncoderLayer(64, 2, 64)
         >>> ScaledResidual(0.02, depth=8)(layer)
-        >>> [round(float(part.weight.std() * 1000)) for part in (layer.linear1, layer.linear2)]
+        >>> [round(part.weight.std().item() * 1000) for part in (layer.linear1, layer.linear2)]
         [20, 5]
     """
 

@@ -33,8 +33,7 @@ class Transformer(nn.Module):
             after each addition) or `sandwich` (as pre, and normalise what is added as well).
         norm_gain: let each normalisation learn a factor for each feature.
         embedding_norm: normalise the embeddings, where the stream begins.
-        head_norm: normalise the rows of the head's weight, so that logits are bounded by sqrt(width) times a learnt
-            factor, whatever the size of the weights.
+        head_norm: normalise the rows of the head's weight, so that (without gains) no logit is above sqrt(width).
         qk_norm: normalise queries and keys of each head, which bounds the attention scores.
         score_clamp: attention scores are clamped to [-score_clamp, score_clamp]; None = not.
         logit_soft_cap: logits become cap * tanh(logits / cap); None = not.
@@ -77,10 +76,9 @@ class Transformer(nn.Module):
             if bound is not None and not 0 < bound < math.inf:
                 raise ConfigurationError(f"model.{name} is {bound!r}; a finite number above 0, or null, is allowed.")
         self.logit_soft_cap = logit_soft_cap
-        self.head_norm = head_norm
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(width))
-        self.embedding_norm = nn.RMSNorm(width, elementwise_affine=norm_gain) if embedding_norm else nn.Identity()
+        self.embedding_norm = _normalisation(width, norm_gain) if embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
                 Attention(width, heads, qk_norm=qk_norm, norm_gain=norm_gain, score_clamp=score_clamp),
@@ -91,8 +89,9 @@ class Transformer(nn.Module):
             )
             for _ in range(layers)
         )
-        self.final_norm = nn.RMSNorm(width, elementwise_affine=norm_gain) if norm != "post" else nn.Identity()
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.final_norm = _normalisation(width, norm_gain) if norm != "post" else nn.Identity()
+        head = UnitRows if head_norm else nn.Linear
+        self.head: nn.Linear = head(width, vocabulary, bias=False)
 
     def forward(self, tokens: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the logits of each position's next token.
@@ -111,8 +110,7 @@ class Transformer(nn.Module):
         hidden = self.embedding_norm(self.embedding(tokens.clamp_min(0)))
         for block in self.blocks:
             hidden = block(hidden, visible)
-        weight = F.normalize(self.head.weight, dim=1) if self.head_norm else self.head.weight
-        logits = F.linear(self.final_norm(hidden), weight)
+        logits: torch.Tensor = self.head(self.final_norm(hidden))
         return logits if self.logit_soft_cap is None else self.logit_soft_cap * (logits / self.logit_soft_cap).tanh()
 
 
@@ -125,11 +123,11 @@ class Block(nn.Module):
         super().__init__()
         self.pre = norm != "post"
         width = attention.output.out_features
-        added = [nn.RMSNorm(width, elementwise_affine=norm_gain) if norm == "sandwich" else nn.Identity() for _ in "12"]
+        added = [_normalisation(width, norm_gain) if norm == "sandwich" else nn.Identity() for _ in "12"]
         self.attention_out_norm, self.feedforward_out_norm = added
-        self.attention_norm = nn.RMSNorm(width, elementwise_affine=norm_gain)
+        self.attention_norm = _normalisation(width, norm_gain)
         self.attention = attention
-        self.feedforward_norm = nn.RMSNorm(width, elementwise_affine=norm_gain)
+        self.feedforward_norm = _normalisation(width, norm_gain)
         self.feedforward = feedforward
         self.dropout = nn.Dropout(dropout)
 
@@ -173,8 +171,8 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         share = width // heads
-        self.query_norm = nn.RMSNorm(share, elementwise_affine=norm_gain) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(share, elementwise_affine=norm_gain) if qk_norm else nn.Identity()
+        self.query_norm = _normalisation(share, norm_gain) if qk_norm else nn.Identity()
+        self.key_norm = _normalisation(share, norm_gain) if qk_norm else nn.Identity()
 
     def forward(self, hidden: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Return what is added to the stream.
@@ -216,6 +214,25 @@ class FeedForward(nn.Module):
         """Return what is added to the stream [B, T, width]."""
         added: torch.Tensor = self.output(F.gelu(self.hidden(hidden)))
         return added
+
+
+class UnitRows(nn.Linear):
+    """A linear layer that divides each row of its weight by the row's length, so that only the direction counts.
+
+    Example:
+        >>> layer = UnitRows(3, 5, bias=False)
+        >>> bool(layer(torch.tensor([0.0, 0.6, 0.8])).abs().max() <= 1.0)
+        True
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the features' products with the directions [..., out_features]."""
+        return F.linear(features, F.normalize(self.weight, dim=1), self.bias)
+
+
+def _normalisation(width: int, gain: bool) -> nn.RMSNorm:
+    # torch's own epsilon is that of the type: 0.008 in bfloat16, which small values don't outweigh.
+    return nn.RMSNorm(width, eps=1e-6, elementwise_affine=gain)
 
 
 def rotated(vectors: torch.Tensor) -> torch.Tensor:
