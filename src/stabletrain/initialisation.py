@@ -258,14 +258,11 @@ class Orthogonal(Xavier):
 
     def matrix(self, weight: torch.Tensor) -> None:
         """Draw an orthogonal matrix."""
-        drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        nn.init.orthogonal_(drawn, self.gain)  # it writes only into memory of one piece
-        weight.copy_(drawn)
+        _copy_orthogonal(weight, self.gain)
 
     def recurrent(self, weight: torch.Tensor) -> None:
         """Draw an orthogonal matrix without the gain, which would be multiplied at each time step."""
-        drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        weight.copy_(nn.init.orthogonal_(drawn))
+        _copy_orthogonal(weight, 1.0)
 
 
 class ScaledResidual(TruncatedNormal):
@@ -334,6 +331,12 @@ def _kind(module: nn.Module) -> str:
 def _each(write: Writer, parts: int, weight: torch.Tensor) -> None:
     for part in weight.chunk(parts):
         write(part)
+
+
+def _copy_orthogonal(weight: torch.Tensor, gain: float) -> None:
+    # Apart, since torch's needs a tensor in one piece and of a type that its decomposition knows.
+    drawn = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    weight.copy_(nn.init.orthogonal_(drawn, gain))
 
 
 def _then_zero_row(write: Writer, weight: torch.Tensor, row: int | None) -> None:
