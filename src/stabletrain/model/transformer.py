@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         self.logit_soft_cap = logit_soft_cap
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(width))
-        self.embedding_norm = _normalisation(width, norm_gain) if embedding_norm else nn.Identity()
+        self.embedding_norm = Normalisation(width, gain=norm_gain) if embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
                 Attention(width, heads, qk_norm=qk_norm, norm_gain=norm_gain, score_clamp=score_clamp),
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
             )
             for _ in range(layers)
         )
-        self.final_norm = _normalisation(width, norm_gain) if norm != "post" else nn.Identity()
+        self.final_norm = Normalisation(width, gain=norm_gain) if norm != "post" else nn.Identity()
         head = UnitRows if head_norm else nn.Linear
         self.head: nn.Linear = head(width, vocabulary, bias=False)
 
@@ -123,11 +123,11 @@ class Block(nn.Module):
         super().__init__()
         self.pre = norm != "post"
         width = attention.output.out_features
-        added = [_normalisation(width, norm_gain) if norm == "sandwich" else nn.Identity() for _ in "12"]
+        added = [Normalisation(width, gain=norm_gain) if norm == "sandwich" else nn.Identity() for _ in range(2)]
         self.attention_out_norm, self.feedforward_out_norm = added
-        self.attention_norm = _normalisation(width, norm_gain)
+        self.attention_norm = Normalisation(width, gain=norm_gain)
         self.attention = attention
-        self.feedforward_norm = _normalisation(width, norm_gain)
+        self.feedforward_norm = Normalisation(width, gain=norm_gain)
         self.feedforward = feedforward
         self.dropout = nn.Dropout(dropout)
 
@@ -171,8 +171,8 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         share = width // heads
-        self.query_norm = _normalisation(share, norm_gain) if qk_norm else nn.Identity()
-        self.key_norm = _normalisation(share, norm_gain) if qk_norm else nn.Identity()
+        self.query_norm = Normalisation(share, gain=norm_gain) if qk_norm else nn.Identity()
+        self.key_norm = Normalisation(share, gain=norm_gain) if qk_norm else nn.Identity()
 
     def forward(self, hidden: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Return what is added to the stream.
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         query, key, value = (self._by_head(part(hidden)) for part in (self.query, self.key, self.value))
         query, key = rotated(self.query_norm(query)), rotated(self.key_norm(key))
         # In float32 whatever the precision: the largest score decides over the others by its exponential.
-        scores = (query @ key.transpose(-2, -1)).float() / math.sqrt(query.shape[-1])
+        scores = _wide(query @ key.transpose(-2, -1)) / math.sqrt(query.shape[-1])
         if self.score_clamp is not None:
             scores = scores.clamp(-self.score_clamp, self.score_clamp)
         hidden_from = ~visible[:, None]
@@ -230,9 +230,27 @@ class UnitRows(nn.Linear):
         return F.linear(features, F.normalize(self.weight, dim=1), self.bias)
 
 
-def _normalisation(width: int, gain: bool) -> nn.RMSNorm:
-    # torch's own epsilon is that of the type: 0.008 in bfloat16, which small values don't outweigh.
-    return nn.RMSNorm(width, eps=1e-6, elementwise_affine=gain)
+class Normalisation(nn.RMSNorm):
+    """Features divided by their root mean square, in float32 whatever the precision.
+
+    Example:
+        >>> Normalisation(2, gain=False)(torch.tensor([3.0, 4.0]))
+        tensor([0.8485, 1.1314])
+    """
+
+    def __init__(self, width: int, *, gain: bool) -> None:
+        # torch's own epsilon is that of the type: 0.008 in bfloat16, which small values don't outweigh.
+        super().__init__(width, eps=1e-6, elementwise_affine=gain)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the features [..., width] with a root mean square of 1, times the gain, in the type they came in."""
+        wide = _wide(features)
+        weight = self.weight.to(wide.dtype) if self.elementwise_affine else None
+        return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(features.dtype)
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def rotated(vectors: torch.Tensor) -> torch.Tensor:
