@@ -207,6 +207,9 @@ def means(seeds: Sequence[Sequence[float]]) -> list[float]:
 
 def draw(found: dict[str, list[list[float]]], plot: Path) -> None:
     """Draw validation loss over learning rate, one line a variant, with the spread of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")

@@ -240,6 +240,21 @@ def test_crop_and_flip_move_each_image_as_a_whole() -> None:
     assert torch.equal(RandomCropFlip(0, flip=1.0)((IMAGES, None))[0], IMAGES.flip(3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_smallest_and_the_largest_keep_shape_and_type(name: str, dtype: torch.dtype) -> None:
+    augmentation, inputs = EVERY[name]
+    large = torch.finfo(dtype).max / 8
+    if isinstance(inputs, list):
+        small: Any = [torch.full((length, 1), large, dtype=dtype) for length in (0, 1, 2)]
+    else:
+        small = torch.full((1, 1, 1, 1), large, dtype=dtype)
+    changed, targets = augmentation((small, torch.arange(len(small))))
+    assert [item.shape for item in changed] == [item.shape for item in small]
+    assert all(item.dtype == dtype and bool(torch.isfinite(item).all()) for item in changed)
+    assert len(targets) == len(small)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(["mixup", "cutmix", "noise", "feature_dropout", "random_crop_flip"]), max_size=5))
 def test_targets_of_any_composition_are_distributions(names: list[str]) -> None:
