@@ -58,6 +58,24 @@ def test_the_loss_is_the_weighted_mean_over_the_tokens_with_a_target(name: str) 
         assert int(logits.grad[~real].count_nonzero()) == 0
 
 
+def test_probabilities_are_targets_too() -> None:
+    logits, targets = logits_and_targets(3)
+    targets = targets.clamp_min(0)
+    soft = nn.functional.one_hot(targets, 4).float()
+    for loss in LOSSES.values():
+        task = NextToken(loss)
+        hard_output, soft_output = (task.step(nn.Identity(), (logits, one)) for one in (targets, soft))
+        torch.testing.assert_close(soft_output.loss_sum, hard_output.loss_sum)
+        torch.testing.assert_close(torch.as_tensor(soft_output.weight), torch.as_tensor(hard_output.weight))
+        scores = [
+            task.evaluate(nn.Identity(), OrderedLoader(ArrayDataset(logits, one), batch_size=4))
+            for one in (targets, soft)
+        ]
+        assert scores[0] == pytest.approx(scores[1])
+    soft[1, 2] = math.nan  # a bad label is seen, not passed over
+    assert math.isnan(NextToken(CrossEntropy()).step(nn.Identity(), (logits, soft)).loss_sum.item())
+
+
 def test_what_stands_where_there_is_no_target_means_nothing() -> None:
     logits, targets = logits_and_targets(1)
     task = NextToken(CrossEntropy())
@@ -139,7 +157,7 @@ def test_a_text_repeats_itself_after_a_period_of_its_own(
     assert torch.equal(splits.train.inputs[:, 1:], splits.train.targets[:, :-1])
     assert int(whole.min()) >= 0
     assert int(whole.max()) < vocabulary
-    assert splits.facts == {"vocabulary": vocabulary}
+    assert splits.facts == {"vocabulary": vocabulary, "num_classes": vocabulary}
     for sequence in whole:
         periods = [p for p in range(least, least + more + 1) if torch.equal(sequence[p:], sequence[: length + 1 - p])]
         assert periods, sequence

@@ -18,8 +18,8 @@ class NextToken:
     The data is the pair (tokens, targets); the model turns the tokens into logits [B, T, V].
 
     Args:
-        loss: what `stabletrain.loss` offers: called with logits [N, V] and targets int64 [N] it returns the loss of
-            each token and their weights, or None.
+        loss: what `stabletrain.loss` offers: called with logits [N, V] and targets (int64 [N] or probabilities [N, V])
+            it returns the loss of each token and their weights, or None.
 
     Example:
         >>> from stabletrain.loss import CrossEntropy
@@ -37,7 +37,8 @@ class NextToken:
 
         Args:
             model: from tokens to logits [B, T, V].
-            data: the pair (tokens, targets): targets int64 [B, T], or a list of B tensors [length]; below 0 = none.
+            data: the pair (tokens, targets): targets int64 [B, T], or a list of B tensors [length]; below 0 = none. Or
+                probabilities [B, T, V].
 
         Raises:
             ConfigurationError: for logits and targets that don't fit each other.
@@ -77,8 +78,9 @@ class NextToken:
                     tokens, targets = batch.data[0], _as_one(batch.data[1])
                     logits = model(tokens)
                     per_token, weights = self._losses(logits, targets)
-                    right = ((logits.argmax(2) == targets) & (targets >= 0)).sum()
-                    sums = sums + torch.stack([per_token.sum(), weights.sum(), right, (targets >= 0).sum()]).double()
+                    counts, wanted = _told(targets), targets.argmax(2) if targets.is_floating_point() else targets
+                    right = ((logits.argmax(2) == wanted) & counts).sum()
+                    sums = sums + torch.stack([per_token.sum(), weights.sum(), right, counts.sum()]).double()
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -92,16 +94,19 @@ class NextToken:
 
     def _losses(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weighted loss of each token and its weight, both [B, T] and 0 where there is no target."""
-        if logits.dim() != 3 or logits.shape[:2] != targets.shape or targets.dtype != torch.int64:
+        soft = targets.is_floating_point()
+        fits = logits.dim() == 3 and logits.shape[: 3 if soft else 2] == targets.shape
+        if not fits or not (soft or targets.dtype == torch.int64):
             raise ConfigurationError(
                 f"the model returned {list(logits.shape)} for {targets.dtype} targets {list(targets.shape)}; logits of "
-                "the shape [samples, tokens, vocabulary] and targets int64 [samples, tokens] are needed."
+                "the shape [samples, tokens, vocabulary] and targets int64 [samples, tokens], or probabilities of the "
+                "logits' shape, are needed."
             )
-        counts = targets >= 0
+        counts = _told(targets)
         try:
-            per_token, weights = self.loss(logits.flatten(0, 1), targets.clamp_min(0).flatten())
+            per_token, weights = self.loss(logits.flatten(0, 1), targets.clamp_min(0).flatten(0, 1))
         except (IndexError, RuntimeError):
-            high = int(targets.max())
+            high = -1 if soft else int(targets.max())
             if high < logits.shape[2]:
                 raise
             raise ConfigurationError(
@@ -110,8 +115,13 @@ class NextToken:
             ) from None
         weights = torch.ones_like(per_token) if weights is None else weights
         # `where` and not a product: what stands at a position without a target may be anything.
-        per_token = torch.where(counts, (per_token * weights).view_as(targets), 0.0)
-        return per_token, torch.where(counts, weights.view_as(targets), 0.0)
+        per_token = torch.where(counts, (per_token * weights).view_as(counts), 0.0)
+        return per_token, torch.where(counts, weights.view_as(counts), 0.0)
+
+
+def _told(targets: torch.Tensor) -> torch.Tensor:
+    """Return where there is a target, bool [B, T]; one that is NaN is there, so that it is seen."""
+    return ~((targets[..., 0] if targets.is_floating_point() else targets) < 0)
 
 
 def _as_one(targets: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

@@ -43,7 +43,7 @@ def text(
 
     Returns:
         Inputs int64 [N, length]: the tokens but the last; targets int64 [N, length]: the tokens but the first. The
-        facts tell `vocabulary`.
+        facts tell `vocabulary`, also as `num_classes`.
 
     Raises:
         ConfigurationError: for counts that describe no text.
@@ -74,5 +74,5 @@ def text(
     tokens = tokens.gather(1, torch.arange(length + 1) % periods)
     data = ArrayDataset(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     splits = split_dataset(data, validation=validation, test=test, seed=seed, name="text")
-    splits.facts = {"vocabulary": vocabulary}
+    splits.facts = {"vocabulary": vocabulary, "num_classes": vocabulary}
     return splits
