@@ -12,6 +12,7 @@ training, l(eta) = min(L(eta), l0) (l0 where L isn't finite), l* the smallest l(
 
     sensitivity            mean over all rates of l(eta) - l*, theirs
     one-sided sensitivity  the same mean over the rates from eta* (included) up: what too high a rate costs
+    from 1e-2 up           the same over the rates from 1e-2 up: says something also where eta* is the largest
     usable range           log10 of the ratio of the largest to the smallest rate, going from eta* in both directions
                            without a gap, whose l(eta) is at most 1.1 l*; decades, in steps of the grid
 
@@ -170,6 +171,11 @@ def one_sided(losses: Sequence[float]) -> float:
     return sensitivity(losses[losses.index(min(losses)) :])
 
 
+def from_high(losses: Sequence[float]) -> float:
+    """Return the mean of l(eta) - l* over the rates from 1e-2 up."""
+    return statistics.fmean(losses[RATES.index(1e-2) :]) - min(losses)
+
+
 def usable(losses: Sequence[float]) -> float:
     """Return the range of rates around the best one with losses near the best, decades."""
     least = most = losses.index(min(losses))
@@ -183,11 +189,11 @@ def usable(losses: Sequence[float]) -> float:
 def report(results: Path, plot: Path | None) -> None:
     """Print the table in Markdown and draw the plot."""
     found = curves(results)
-    print("| variant | seeds | sensitivity | one-sided | usable range, decades | best |", end="")
+    print("| variant | seeds | sensitivity | one-sided | from 1e-2 up | usable range, decades | best |", end="")
     print("".join(f" {rate:.0e} |".replace("e-0", "e-") for rate in RATES))
-    print("| --- |" + " ---: |" * (5 + len(RATES)))
+    print("| --- |" + " ---: |" * (6 + len(RATES)))
     for variant, seeds in found.items():
-        row = [spread([of(losses) for losses in seeds]) for of in (sensitivity, one_sided)]
+        row = [spread([of(losses) for losses in seeds]) for of in (sensitivity, one_sided, from_high)]
         row += [f"{statistics.fmean(map(usable, seeds)):.1f}", f"{statistics.fmean(map(min, seeds)):.2f}"]
         row += [f"{mean:.2f}" for mean in means(seeds)]
         print(f"| {variant} | {len(seeds)} | " + " | ".join(row) + " |")

@@ -25,6 +25,7 @@ def test_the_definitions(program: Any) -> None:
     losses = [4.0, 3.0, 2.1, 2.0, 2.19, 2.4, 3.0]
     assert program.sensitivity(losses) == pytest.approx(sum(loss - 2.0 for loss in losses) / 7)
     assert program.one_sided(losses) == pytest.approx((0.0 + 0.19 + 0.4 + 1.0) / 4)
+    assert program.from_high([2.0, *losses[:6]]) == pytest.approx((0.1 + 0.0 + 0.19 + 0.4) / 4)
     assert program.usable(losses) == pytest.approx(1.0, abs=0.05)  # from 3e-3 to 3e-2
     assert program.one_sided([2.0] * 7) == 0.0
     assert program.usable([2.0] * 7) == pytest.approx(3.0)
@@ -46,7 +47,10 @@ def test_results_are_bounded_whole_and_of_the_settings_of_today(
     results.write_text("\n".join([*lines, json.dumps(stale), '{"variant": "bare", "ra']))
     assert program.curves(results) == {"bare": [[3.5, 3.0, 2.5, 2.0, 2.1, 4.0, 4.0]]}
     program.report(results, tmp_path / "plot.png")
-    assert "| bare | 1 | 1.014 (1.014 to 1.014) | 1.025 (1.025 to 1.025) | 0.5 | 2.00 |" in capsys.readouterr().out
+    assert (
+        "| bare | 1 | 1.014 (1.014 to 1.014) | 1.025 (1.025 to 1.025) | 1.025 (1.025 to 1.025) | 0.5 | 2.00 |"
+        in capsys.readouterr().out
+    )
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
