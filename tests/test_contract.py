@@ -19,6 +19,8 @@ from stabletrain.tree import tensors
 SMALL = ("experiment=tabular", "batch_size=128", "epochs=1", "seed=3", "base_lr=1e-3", "device=cpu")  # 3 steps
 ROWS = 60  # of the tables written below: 42 of them to train on
 
+FEW_TEXTS = ("data.samples=60", "batch_size=14")
+
 
 def own(kind: str, *more: str) -> Sequence[str]:
     """What a loss needs whose samples are of another kind than a class."""
@@ -38,6 +40,14 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ("data", "digits"): ("model=convnet", "batch_size=419"),
     ("model", "recurrent"): ("data=sequences", "data.samples=60", "batch_size=14"),
     ("data", "sequences"): ("model=recurrent", "data.samples=60", "batch_size=14"),
+    ("augmentation", "cutmix"): ("data=digits", "model=convnet", "batch_size=419"),
+    ("augmentation", "random_crop_flip"): ("data=digits", "model=convnet", "batch_size=419"),
+    ("augmentation", "jitter"): ("data=sequences", "model=recurrent", "data.samples=60", "batch_size=14"),
+    ("model", "transformer"): ("data=text", "task=next_token", *FEW_TEXTS),
+    ("data", "text"): ("model=transformer", "task=next_token", *FEW_TEXTS),
+    ("task", "next_token"): ("data=text", "model=transformer", *FEW_TEXTS),
+    ("initialisation", "scaled_residual"): ("data=text", "model=transformer", "task=next_token", *FEW_TEXTS),
+    ("experiment", "text"): FEW_TEXTS,
     ("data", "csv"): ("data.path=table.csv", "data.target=kind", "batch_size=14"),
     ("data", "npz"): ("data.path=table.npz", "batch_size=14"),
     ("data", "parquet"): ("data.path=table.parquet", "data.target=kind", "batch_size=14"),

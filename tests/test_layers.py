@@ -28,6 +28,7 @@ LAYERS = (
         "fault",
         "guard",
         "incident",
+        "initialisation",
         "loss",
         "model",
         "optimizer",

@@ -126,6 +126,10 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         target = config["model"]["_target_"]
         raise ConfigurationError(f"model: {target} built a {type(model).__name__}; it must build a torch.nn.Module.")
+    if "initialisation" in config:  # a checkpoint from before there was such a group has none
+        initialise = _part("initialisation", config)
+        with keyed_all(key(config["seed"], "initialisation")), _named("initialisation", config):
+            initialise(model)
     return model
 
 

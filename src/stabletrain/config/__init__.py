@@ -14,6 +14,7 @@ from stabletrain.config.line import arrange as arrange
 from stabletrain.config.line import check_overrides as check_overrides
 from stabletrain.config.line import named_words as named_words
 from stabletrain.config.line import split_command as split_command
+from stabletrain.config.parts import with_parts
 from stabletrain.config.places import conf_folder as conf_folder
 from stabletrain.config.places import conf_location as conf_location
 from stabletrain.config.places import group_names as group_names
@@ -44,6 +45,7 @@ def settings(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigurationError(f"the config can't be resolved: {str(error).splitlines()[0]}") from error
     check_values(values)
+    values = with_parts(values)
     check_keys(values, unresolved)
     return {**values, "name": str(values["name"])}
 

@@ -9,6 +9,7 @@ from stabletrain.data.files import from_csv, from_npz, from_parquet
 from stabletrain.data.loader import Loader, OrderedLoader, collate
 from stabletrain.data.splits import Splits, split_dataset, split_indices
 from stabletrain.data.table import Table
+from stabletrain.data.text import text
 
 __all__ = [
     "ArrayDataset",
@@ -28,5 +29,6 @@ __all__ = [
     "sequences",
     "split_dataset",
     "split_indices",
+    "text",
     "with_facts",
 ]

@@ -5,5 +5,6 @@ from __future__ import annotations
 from stabletrain.model.convnet import ConvNet
 from stabletrain.model.mlp import MLP
 from stabletrain.model.recurrent import RecurrentClassifier
+from stabletrain.model.transformer import Transformer
 
-__all__ = ["MLP", "ConvNet", "RecurrentClassifier"]
+__all__ = ["MLP", "ConvNet", "RecurrentClassifier", "Transformer"]

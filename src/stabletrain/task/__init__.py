@@ -3,6 +3,7 @@
 from stabletrain.task.base import Batch, Output, Task, memory_of
 from stabletrain.task.binary import Binary
 from stabletrain.task.classification import Classification
+from stabletrain.task.next_token import NextToken
 from stabletrain.task.regression import Regression
 from stabletrain.task.segmentation import Segmentation
 from stabletrain.task.supervised import Supervised
@@ -11,6 +12,7 @@ __all__ = [
     "Batch",
     "Binary",
     "Classification",
+    "NextToken",
     "Output",
     "Regression",
     "Segmentation",

@@ -21,7 +21,7 @@ WITH_BATCH_NORM = {"microbatch": "the model's running statistics are of microbat
 # Exceptions to it: the same data may lie in another place. Its fingerprint is compared besides.
 ELSEWHERE = ("data.path",)
 # What says how to start and what to call it, not what is done; not worth a word.
-SILENT = ("name", "resume", "init_from", "init_strict", "debug", "doctor")
+SILENT = ("name", "resume", "init_from", "init_strict", "initialisation", "debug", "doctor")
 # What changes the scale of losses, so that those before and after can't be compared.
 OBJECTIVE = ("loss", "loss_mode", "task")
 ABSENT = "(absent)"
