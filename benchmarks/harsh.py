@@ -1,7 +1,7 @@
 """What the presets buy in a harsh setting and cost in an easy one, beside the loop that people write.
 
-    python benchmarks/harsh.py [--experiments tabular digits sequences] [--seeds 0 1 2] [--to docs/presets.json]
-    python benchmarks/harsh.py --plot docs/presets.json docs/presets.png
+    python benchmarks/harsh.py [--experiments tabular digits sequences] [--seeds 0 1 2] [--to presets.json] [epochs=20]
+    python benchmarks/harsh.py --plot presets.json docs/presets.png
 
 Harsh: the experiment's learning rate times 30, fp16, no warm-up, the inputs of 1 % of the training samples NaN. Easy:
 the experiment as it is. By hand: autocast, GradScaler, a norm of 1.0, `if torch.isnan(loss): continue`, at the rate of
@@ -37,10 +37,10 @@ BY_HAND = "by hand"
 FACTOR, SHARE = 30.0, 0.01
 
 
-def configured(experiment: str, preset: str, seed: int, harsh: bool) -> dict[str, Any]:
+def configured(experiment: str, preset: str, seed: int, harsh: bool, more: list[str]) -> dict[str, Any]:
     """Return the resolved settings of a run."""
     words = [f"experiment={experiment}", f"preset={preset}", f"seed={seed}", "tracking=none", "checkpoint=none"]
-    words += ["device=cpu", "log_every=1000000"]
+    words += ["device=cpu", "log_every=1000000", *more]
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         rate = float(compose("config", overrides=words).base_lr)
         if harsh:
@@ -79,10 +79,12 @@ def by_hand(run: Run) -> None:
             schedule.step()
 
 
-def trained(experiment: str, preset: str, seed: int, harsh: bool) -> dict[str, Any]:
+def trained(experiment: str, preset: str, seed: int, harsh: bool, more: list[str]) -> dict[str, Any]:
     """Train once; return how it ended, the test accuracy, the seconds and what the guard did."""
     with tempfile.TemporaryDirectory() as at, contextlib.redirect_stdout(io.StringIO()):
-        run = build(configured(experiment, "normal" if preset == BY_HAND else preset, seed, harsh), Path(at, "run"))
+        run = build(
+            configured(experiment, "normal" if preset == BY_HAND else preset, seed, harsh, more), Path(at, "run")
+        )
         if harsh:
             poison(run, seed)
         begun, ended = time.perf_counter(), "completed"
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--to", type=Path, default=Path("presets.json"))
     parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"))
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
     if arguments.plot:
         plot(json.loads(Path(arguments.plot[0]).read_text()), arguments.plot[1])
         return
@@ -170,7 +172,7 @@ def main() -> None:
             for seed in arguments.seeds:
                 for preset in (BY_HAND, *PRESETS):
                     if (experiment, preset, seed, "harsh" if harsh else "easy") not in done:
-                        rows.append(trained(experiment, preset, seed, harsh))
+                        rows.append(trained(experiment, preset, seed, harsh, more))
                         write_whole(arguments.to, json_text(rows))
     print(table(rows))
 
