@@ -154,3 +154,15 @@ def test_an_option_composes_builds_trains_and_makes_a_round_trip(group, option, 
     for name, part in fresh.items():
         part.load_state_dict(loaded[name])
         assert same(part.state_dict(), saved[name]), name
+
+
+@pytest.mark.parametrize("group", sorted({group for group, _ in OPTIONS} - {"preset", "checkpoint", "tracking"}))
+@pytest.mark.parametrize("preset", ["stable", "safe"])  # above it is `normal`
+def test_each_option_trains_under_each_preset(group, preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tables()
+    for option in config.option_names(group):
+        words = ["tracking=none", "checkpoint=none", f"preset={preset}", *overrides(group, option)]
+        summary = train(build(checked(*words), tmp_path / option))
+        assert (summary.status, summary.updates, summary.rejected) == ("completed", 3, 0), option
+        assert all(summary.finite.values()), option
