@@ -39,7 +39,7 @@ LAYERS = (
         "task",
         "tracking",
     },
-    {"weights"},
+    {"task_ranking", "weights"},
     {"trainer", "integrations"},
     {"assembly"},
     {"build", "config"},

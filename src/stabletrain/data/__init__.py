@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stabletrain.data.arrays import ArrayDataset, Microbatch, Part, class_targets
 from stabletrain.data.auto import with_facts
+from stabletrain.data.bags import DigitBags, digit_bags, from_bag_table
 from stabletrain.data.builtin import breast_cancer, digits, sequences
 from stabletrain.data.files import from_csv, from_npz, from_parquet
 from stabletrain.data.loader import Loader, OrderedLoader, collate
@@ -12,6 +13,7 @@ from stabletrain.data.table import Table
 
 __all__ = [
     "ArrayDataset",
+    "DigitBags",
     "Loader",
     "Microbatch",
     "OrderedLoader",
@@ -21,7 +23,9 @@ __all__ = [
     "breast_cancer",
     "class_targets",
     "collate",
+    "digit_bags",
     "digits",
+    "from_bag_table",
     "from_csv",
     "from_npz",
     "from_parquet",

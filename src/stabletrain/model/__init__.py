@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from stabletrain.model.bags import BagClassifier
 from stabletrain.model.convnet import ConvNet
 from stabletrain.model.mlp import MLP
 from stabletrain.model.recurrent import RecurrentClassifier
 
-__all__ = ["MLP", "ConvNet", "RecurrentClassifier"]
+__all__ = ["MLP", "BagClassifier", "ConvNet", "RecurrentClassifier"]
