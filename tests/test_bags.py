@@ -102,6 +102,18 @@ def test_an_empty_bag_has_defined_logits_and_finite_gradients(precision: str) ->
         assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
 
 
+def test_statistics_are_those_of_a_batch_norm_over_all_instances() -> None:
+    ours, torchs = network().encoder[1], nn.BatchNorm1d(8).double()
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    for length in (5, 2, 7):
+        instances = torch.randn(length, 8, dtype=torch.float64)
+        torch.testing.assert_close(ours(instances), torchs(instances))
+    ours(instances[:1])  # changes nothing
+    for one, other in zip(ours.state_dict().values(), torchs.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(ours(instances[:1]), torchs.eval()(instances[:1]))
+
+
 def test_bags_of_one_size_may_come_as_one_tensor() -> None:
     bags = bags_of([4, 4, 4])
     assert torch.equal(network()(torch.stack(bags)), network()(bags))
@@ -360,6 +372,14 @@ def test_bags_with_bad_values_are_named_and_the_model_stays_finite(tmp_path: Pat
     assert summary.rejected == 0 and summary.salvaged >= 1
     assert all(summary.finite.values())
     assert math.isfinite(summary.metrics["test"]["auc"])
+
+
+def test_a_step_is_salvaged_with_the_one_bag_that_is_left(tmp_path: Path) -> None:
+    given = small("preset=stable", "batch_size=2", "fault=nan_part", "fault.at=3", "guard.max_quarantined=1.0")
+    run = build(checked(*given), tmp_path / "run", given)
+    summary = train(run)
+    assert (summary.status, summary.rejected) == ("completed", 0)
+    assert summary.salvaged >= 1 and summary.quarantined == run.fault.indices
 
 
 def test_attention_finds_the_digit_after_a_short_training(tmp_path: Path) -> None:

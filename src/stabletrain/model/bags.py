@@ -125,16 +125,22 @@ class BagClassifier(nn.Module):
         return encoded, weights, place
 
 
-class BatchNormOfInstances(nn.BatchNorm1d):
-    """BatchNorm that takes fewer than 2 instances, which have no variance, by its running statistics.
+class BatchNormOfInstances(nn.modules.batchnorm._NormBase):
+    """BatchNorm over the instances of all bags of a batch; fewer than 2 of them are taken by the running statistics.
+
+    It isn't a torch `BatchNorm1d`, which needs two samples: here one bag is enough. So a step may be salvaged with a
+    single bag that is left of it. Statistics are those of the process's own bags.
 
     Example:
         >>> BatchNormOfInstances(2)(torch.zeros(0, 2)).shape
         torch.Size([0, 2])
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, instances: torch.Tensor) -> torch.Tensor:
         """Return the instances [N, F], normalised."""
-        if len(input) >= 2:
-            return super().forward(input)
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        by_batch = self.training and len(instances) >= 2
+        if by_batch and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(instances, mean, variance, self.weight, self.bias, by_batch, momentum, self.eps)
