@@ -52,6 +52,13 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ("data", "npz"): ("data.path=table.npz", "batch_size=14"),
     ("data", "parquet"): ("data.path=table.parquet", "data.target=kind", "batch_size=14"),
     ("data", "dataset"): ("data.dataset._target_=composed.Points", "+data.dataset.count=60", "batch_size=14"),
+    ("model", "bags"): ("data=digit_bags", "data.bags=60", "batch_size=14"),
+    ("data", "digit_bags"): ("model=bags", "data.bags=60", "batch_size=14"),
+    ("data", "bag_table"): (
+        *("data.path=bags.csv", "data.target=kind"),
+        *("model=bags", "batch_size=14"),
+    ),
+    ("experiment", "bags"): ("data.bags=60", "batch_size=14"),
     ("experiment", "digits"): ("batch_size=419",),
     ("loss", "bce"): BINARY,
     ("loss", "binary_focal"): BINARY,
@@ -95,6 +102,8 @@ def write_tables() -> None:
     ]
     with open("table.csv", "w") as file:
         file.write("\n".join([",".join([*names, "kind"]), *rows]) + "\n")
+    with open("bags.csv", "w") as file:
+        file.write("\n".join([",".join([*names, "kind", "bag"]), *(f"{row},{n}" for n, row in enumerate(rows))]) + "\n")
     import pyarrow
     from pyarrow import parquet
 

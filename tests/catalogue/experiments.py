@@ -15,7 +15,7 @@ from stabletrain.trainer import train
 from .case import Built
 
 EXPERIMENTS, PRESETS = option_names("experiment"), ("normal", "stable", "safe")
-SMALL = {"sequences": ["data.samples=300"]}
+SMALL = {"sequences": ["data.samples=300"], "bags": ["data.bags=200"]}
 
 
 def step_of(experiment: str, preset: str, seed: int, folder: Path) -> Built:

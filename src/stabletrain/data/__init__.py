@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stabletrain.data.arrays import ArrayDataset, Microbatch, Part, class_targets
 from stabletrain.data.auto import with_facts
+from stabletrain.data.bags import DigitBags, digit_bags, from_bag_table
 from stabletrain.data.builtin import breast_cancer, digits, sequences
 from stabletrain.data.files import from_csv, from_npz, from_parquet
 from stabletrain.data.loader import Loader, OrderedLoader, collate
@@ -13,6 +14,7 @@ from stabletrain.data.text import text
 
 __all__ = [
     "ArrayDataset",
+    "DigitBags",
     "Loader",
     "Microbatch",
     "OrderedLoader",
@@ -22,7 +24,9 @@ __all__ = [
     "breast_cancer",
     "class_targets",
     "collate",
+    "digit_bags",
     "digits",
+    "from_bag_table",
     "from_csv",
     "from_npz",
     "from_parquet",

@@ -233,6 +233,19 @@ def from_npz(
     )
 
 
+def _pyarrow() -> Any:
+    """Return pyarrow, or say how to get it."""
+    try:
+        import pyarrow  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        import pyarrow.parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError as error:
+        raise ConfigurationError(
+            "data=parquet needs pyarrow, which is not installed: pip install 'stabletrain[parquet]' (or pip install "
+            "pyarrow), or convert the file to CSV or .npz."
+        ) from error
+    return pyarrow
+
+
 def from_parquet(
     path: str | Path,
     target: str,
@@ -264,14 +277,7 @@ def from_parquet(
     Raises:
         ConfigurationError: for anything in the file that can't be used, with its place; when pyarrow is missing.
     """
-    try:
-        import pyarrow  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        import pyarrow.parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError as error:
-        raise ConfigurationError(
-            "data=parquet needs pyarrow, which is not installed: pip install 'stabletrain[parquet]' (or pip install "
-            "pyarrow), or convert the file to CSV or .npz."
-        ) from error
+    pyarrow = _pyarrow()
     file = _existing(path, "Parquet")
     source = f"the Parquet file {str(path)!r}"
     try:
@@ -284,7 +290,7 @@ def from_parquet(
     def where(row: int) -> str:
         return f"row {row} (from 0)"
 
-    columns = [_numbers(read[name].to_pylist(), name, source, where) for name in wanted]
+    columns = [numbers(read[name].to_pylist(), name, source, where) for name in wanted]
     labels, known = encode_labels(
         read[target].to_pylist(), where=where, source=f"{source}, column {target!r}", classes=classes
     )
@@ -295,8 +301,18 @@ def from_parquet(
     )
 
 
-def _numbers(values: list[Any], column: str, source: str, where: Callable[[int], str]) -> list[float]:
-    """Return numbers as floats and null as NaN; text is read as in CSV."""
+def numbers(values: list[Any], column: str, source: str, where: Callable[[int], str]) -> list[float]:
+    """Return numbers as floats and null as NaN; text is read as in CSV.
+
+    Args:
+        values: one for each row.
+        column: its name, for messages.
+        source: names the file, for messages.
+        where: names the place of a row, for messages.
+
+    Raises:
+        ConfigurationError: for text that is no number, with its row.
+    """
     return [
         math.nan
         if value is None
@@ -305,3 +321,42 @@ def _numbers(values: list[Any], column: str, source: str, where: Callable[[int],
         else _float(str(value), row, column, source, where)
         for row, value in enumerate(values)
     ]
+
+
+def read_columns(path: str | Path) -> tuple[dict[str, list[Any]], str, Callable[[int], str]]:
+    """Read all columns of a table as they are: text from a CSV file, values from a Parquet file.
+
+    Args:
+        path: the file, whose name ends with .csv or .parquet; relative to the current folder.
+
+    Returns:
+        The columns by their names; what to call the file in messages; and what names the place of a row.
+
+    Raises:
+        ConfigurationError: for a file that can't be read.
+    """
+    kind = {".csv": "CSV", ".parquet": "Parquet", ".pq": "Parquet"}.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ConfigurationError(f"the table {str(path)!r} is neither a .csv nor a .parquet file; give one of these.")
+    file = _existing(path, kind)
+    source = f"the {kind} file {str(path)!r}"
+    if kind == "CSV":
+        names, rows, lines = _read_csv(file, source, True, ",", "utf-8-sig")
+        cells = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in names]
+    else:
+        pyarrow = _pyarrow()
+        try:
+            read = pyarrow.parquet.read_table(file)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ConfigurationError(f"{source} can't be read: {error}. Check that it is a Parquet file.") from error
+        names, cells = [str(name) for name in read.column_names], [column.to_pylist() for column in read.columns]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigurationError(
+            f"{source} has more than one column {repeated[0]!r}: give each column a name of its own."
+        )
+    return (
+        dict(zip(names, cells, strict=True)),
+        source,
+        lambda row: f"line {lines[row]}" if kind == "CSV" else f"row {row} (from 0)",
+    )

@@ -191,7 +191,7 @@ class Table:
             flat = self._fill(flat, bad, parts[0].numpy(), nonfinite, notes)
         features = flat.reshape(len(flat), *shape)
         if standardize:
-            features = _standardized(features, parts[0].numpy())
+            features = standardized(features, parts[0].numpy())
         with np.errstate(over="ignore"):
             whole = ArrayDataset(torch.from_numpy(features.astype(np.float32)), torch.from_numpy(labels))
         train, validation_part, test_part = (part_of(whole, chosen) for chosen in parts)
@@ -236,7 +236,7 @@ class Table:
         return flat
 
 
-def _standardized(features: Floats, train: Integers) -> Floats:
+def standardized(features: Floats, train: Integers) -> Floats:
     """Return features with mean 0 and standard deviation 1 over the training rows; a constant one becomes 0."""
     kept = {2: 1, 3: 2, 4: 1}.get(features.ndim)
     axes = tuple(axis for axis in range(features.ndim) if axis != kept)

@@ -7,21 +7,25 @@ same. What a fault remembers is saved with the run, and a step that is run again
 from __future__ import annotations
 
 from stabletrain.fault.base import Fault, NoFault, Surroundings
+from stabletrain.fault.parts import EmptyInput, LargeOutput, NanPart
 from stabletrain.fault.process import DiskFull, Kill
 from stabletrain.fault.samples import InfInput, NanInput, NanLabel
 from stabletrain.fault.step import Fp16Overflow, NanBuffer, NanGradient, NanLoss, NanValidation, NanWeight, Spike
 
 __all__ = [
     "DiskFull",
+    "EmptyInput",
     "Fault",
     "Fp16Overflow",
     "InfInput",
     "Kill",
+    "LargeOutput",
     "NanBuffer",
     "NanGradient",
     "NanInput",
     "NanLabel",
     "NanLoss",
+    "NanPart",
     "NanValidation",
     "NanWeight",
     "NoFault",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from stabletrain.fault.base import M, Planned, Surroundings, check_whole
 from stabletrain.tree import tensors
 
 
-class _BadSamples(Planned):
+class BadSamples(Planned):
     """Some samples of the data set are bad from one step on: the first of that step's batch. They stay bad.
 
     Args:
@@ -29,6 +29,8 @@ class _BadSamples(Planned):
     """
 
     value = math.nan
+    effect = "put {value} into the inputs"  # for messages
+    needed = "floating tensor with one entry for each sample"
 
     def __init__(self, at: int | None = None, times: int = 1, samples: int = 1) -> None:
         super().__init__(at, times)
@@ -60,13 +62,17 @@ class _BadSamples(Planned):
 
     def _spoil(self, data: Any, rows: list[int], count: int) -> Any:
         inputs = data[0] if _is_pair(data) else data
-        spoilt = _filled(inputs, rows, count, self.value)
+        spoilt = _changed(inputs, rows, count, self.spoilt)
         if all(new is old for new, old in zip(tensors(spoilt), tensors(inputs), strict=True)):
             raise ConfigurationError(
-                f"the fault can't put {self.value} into the inputs: they hold no floating tensor with one entry for "
-                "each sample. Choose another fault."
+                f"the fault can't {self.effect.format(value=self.value)}: they hold no {self.needed}. Choose another "
+                "fault."
             )
         return _rebuilt(data, [spoilt, data[1]]) if _is_pair(data) else spoilt
+
+    def spoilt(self, sample: Tensor) -> Tensor:
+        """Return what becomes of a sample's floating tensor."""
+        return torch.full_like(sample, self.value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the last time it happened, and the bad samples."""
@@ -79,14 +85,14 @@ class _BadSamples(Planned):
             self.indices = [int(index) for index in state["indices"]]
 
 
-class NanInput(_BadSamples):
+class NanInput(BadSamples):
     """The inputs of some samples are NaN: a failed measurement, a division by 0 in the preprocessing.
 
     Every element of every floating tensor of the sample's inputs is NaN.
     """
 
 
-class InfInput(_BadSamples):
+class InfInput(BadSamples):
     """The inputs of some samples are Inf: an overflow in the preprocessing.
 
     Every element of every floating tensor of the sample's inputs is +Inf.
@@ -95,7 +101,7 @@ class InfInput(_BadSamples):
     value = math.inf
 
 
-class NanLabel(_BadSamples):
+class NanLabel(BadSamples):
     """The labels of some samples are NaN.
 
     Labels that are floating numbers (regression, probabilities) become NaN. Class numbers know no NaN, and one that
@@ -124,7 +130,7 @@ class NanLabel(_BadSamples):
         targets = data[1]
         if isinstance(targets, Tensor) and not targets.is_floating_point() and self.num_classes is not None:
             targets = F.one_hot(targets.long(), self.num_classes).float()
-        spoilt = _filled(targets, rows, count, self.value)
+        spoilt = _changed(targets, rows, count, self.spoilt)
         if all(new is old for new, old in zip(tensors(spoilt), tensors(targets), strict=True)):
             raise ConfigurationError(
                 "the fault can't make a label NaN: the targets are no floating tensor with one entry for each sample. "
@@ -142,24 +148,28 @@ def _rebuilt(old: Any, parts: Sequence[Any]) -> Any:
     return type(old)(*parts) if hasattr(old, "_fields") else type(old)(parts)
 
 
-def _filled(tree: Any, rows: list[int], count: int, value: float) -> Any:
-    """Return the tree with some of its samples filled with `value`; whatever changes is a copy.
+def _changed(tree: Any, rows: list[int], count: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the tree with some of its samples changed; whatever changes is a copy.
 
     Args:
         tree: tensors [count, ...], lists of one tensor for each sample, and containers of these.
         rows: which of the samples.
         count: how many samples there are.
-        value: NaN or Inf; tensors that aren't floating stay as they are.
+        change: what becomes of a sample; tensors that aren't floating stay as they are, and so do those with `count`
+            entries where the shape would change.
     """
     if isinstance(tree, Tensor):
         if not tree.is_floating_point() or tree.dim() == 0 or len(tree) != count:
             return tree
-        return tree.index_fill(0, torch.tensor(rows, device=tree.device), value)
+        samples = [change(tree[row]) for row in rows]
+        if any(sample.shape != tree.shape[1:] for sample in samples):
+            return tree
+        return tree.index_copy(0, torch.tensor(rows, device=tree.device), torch.stack(samples))
     if isinstance(tree, dict):
-        return {name: _filled(item, rows, count, value) for name, item in tree.items()}
+        return {name: _changed(item, rows, count, change) for name, item in tree.items()}
     if isinstance(tree, list) and len(tree) == count and all(isinstance(item, Tensor) for item in tree):
         spoilt = {row for row in rows if tree[row].is_floating_point()}
-        return [torch.full_like(item, value) if row in spoilt else item for row, item in enumerate(tree)]
+        return [change(item) if row in spoilt else item for row, item in enumerate(tree)]
     if isinstance(tree, (list, tuple)):
-        return _rebuilt(tree, [_filled(item, rows, count, value) for item in tree])
+        return _rebuilt(tree, [_changed(item, rows, count, change) for item in tree])
     return tree

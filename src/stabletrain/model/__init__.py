@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from stabletrain.model.bags import BagClassifier
 from stabletrain.model.convnet import ConvNet
 from stabletrain.model.mlp import MLP
 from stabletrain.model.recurrent import RecurrentClassifier
 from stabletrain.model.transformer import Transformer
 
-__all__ = ["MLP", "ConvNet", "RecurrentClassifier", "Transformer"]
+__all__ = ["MLP", "BagClassifier", "ConvNet", "RecurrentClassifier", "Transformer"]

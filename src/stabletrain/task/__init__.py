@@ -4,6 +4,7 @@ from stabletrain.task.base import Batch, Output, Task, memory_of
 from stabletrain.task.binary import Binary
 from stabletrain.task.classification import Classification
 from stabletrain.task.next_token import NextToken
+from stabletrain.task.ranking import RankedClassification
 from stabletrain.task.regression import Regression
 from stabletrain.task.segmentation import Segmentation
 from stabletrain.task.supervised import Supervised
@@ -14,6 +15,7 @@ __all__ = [
     "Classification",
     "NextToken",
     "Output",
+    "RankedClassification",
     "Regression",
     "Segmentation",
     "Supervised",
