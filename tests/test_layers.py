@@ -39,7 +39,7 @@ LAYERS = (
         "task",
         "tracking",
     },
-    {"weights"},
+    {"balanced", "weights"},
     {"trainer", "integrations"},
     {"assembly"},
     {"build", "config"},

@@ -305,3 +305,64 @@ def _numbers(values: list[Any], column: str, source: str, where: Callable[[int],
         else _float(str(value), row, column, source, where)
         for row, value in enumerate(values)
     ]
+
+
+def read_columns(
+    path: str | Path, *, header: bool = True, delimiter: str = ",", encoding: str = "utf-8-sig"
+) -> tuple[dict[str, list[Any]], Callable[[int], str], str]:
+    """Read all columns of a CSV file, or of a Parquet file where the name ends in .parquet or .pq, as they are.
+
+    Args:
+        path: the file; relative to the current folder.
+        header: of CSV, the first line holds the names; otherwise columns are called 0, 1, 2, ...
+        delimiter: of CSV, the character between cells.
+        encoding: of CSV, of the text.
+
+    Returns:
+        The cells of each column by name, a function that names the place of a row, and a name for the file.
+
+    Raises:
+        ConfigurationError: for a file that can't be read, and for names that occur twice.
+    """
+    if Path(path).suffix.lower() in (".parquet", ".pq"):
+        try:
+            import pyarrow  # type: ignore[import-not-found, import-untyped, unused-ignore]
+            import pyarrow.parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError as error:
+            raise ConfigurationError(
+                "a Parquet file needs pyarrow, which is not installed: pip install 'stabletrain[parquet]' (or pip "
+                "install pyarrow), or convert the file to CSV."
+            ) from error
+        file = _existing(path, "Parquet")
+        source = f"the Parquet file {str(path)!r}"
+        try:
+            read = pyarrow.parquet.read_table(file)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ConfigurationError(f"{source} can't be read: {error}. Check that it is a Parquet file.") from error
+        return (
+            {str(name): read[name].to_pylist() for name in read.column_names},
+            lambda row: f"row {row} (from 0)",
+            source,
+        )
+    file = _existing(path, "CSV")
+    source = f"the CSV file {str(path)!r}"
+    names, rows, lines = _read_csv(file, source, header, delimiter, encoding)
+    _chosen(names, names[0], names[1:] or None, source)
+    return (
+        {name: [cells[place] for cells in rows] for place, name in enumerate(names)},
+        lambda row: f"line {lines[row]}",
+        source,
+    )
+
+
+def numbers(values: list[Any], column: str, source: str, where: Callable[[int], str]) -> list[float]:
+    """Return the cells of a column as floats; null and empty cells become NaN.
+
+    Raises:
+        ConfigurationError: for a cell that is no number, with its place.
+
+    Example:
+        >>> numbers(["1.5", "", None, 2], "a", "the file", str)
+        [1.5, nan, nan, 2.0]
+    """
+    return _numbers(values, column, source, where)

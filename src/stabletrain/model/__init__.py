@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from stabletrain.model.convnet import ConvNet
+from stabletrain.model.direction import DirectionClassifier
 from stabletrain.model.mlp import MLP
+from stabletrain.model.pooling import AttentionPooling
 from stabletrain.model.recurrent import RecurrentClassifier
 
-__all__ = ["MLP", "ConvNet", "RecurrentClassifier"]
+__all__ = ["MLP", "AttentionPooling", "ConvNet", "DirectionClassifier", "RecurrentClassifier"]
