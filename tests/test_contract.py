@@ -19,6 +19,8 @@ from stabletrain.tree import tensors
 SMALL = ("experiment=tabular", "batch_size=128", "epochs=1", "seed=3", "base_lr=1e-3", "device=cpu")  # 3 steps
 ROWS = 60  # of the tables written below: 42 of them to train on
 
+REGIMES = ("data.rows=500", "data.in_features=5", "data.sequence=20", "batch_size=13")
+
 # What an option needs besides itself.
 NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ("model", "convnet"): ("data=digits", "batch_size=419"),
@@ -29,6 +31,13 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ("data", "npz"): ("data.path=table.npz", "batch_size=14"),
     ("data", "parquet"): ("data.path=table.parquet", "data.target=kind", "batch_size=14"),
     ("data", "dataset"): ("data.dataset._target_=composed.Points", "+data.dataset.count=60", "batch_size=14"),
+    ("model", "direction"): (*REGIMES, "data=regimes"),
+    ("data", "regimes"): (*REGIMES, "model=direction"),
+    ("data", "windows"): (
+        *("model=direction", "data.path=table.csv", "data.target=a", "data.exclude=[kind]", "data.horizon=1"),
+        *("data.sequence=4", "batch_size=12"),
+    ),
+    ("experiment", "direction"): (*REGIMES, "augmentation=none"),
     ("experiment", "digits"): ("batch_size=419",),
     ("experiment", "sequences"): ("data.samples=60", "batch_size=14"),
 }

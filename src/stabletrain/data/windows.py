@@ -177,9 +177,9 @@ class Series:
         notes: list[str] = []
         values = self.values.copy()
         missing = self._without_infinities(values, parts[0], infinities, notes)
-        values, missing = self._without_constants(values, missing, parts[0], constant, notes)
+        values, missing, names = self._without_constants(values, missing, parts[0], constant, notes)
         if missing.any():
-            self._fill(values, missing, parts[0], gaps, notes)
+            self._fill(values, missing, names, parts[0], gaps, notes)
         usable = np.ones(len(values), dtype=bool)
         if gaps == "drop":
             usable &= ~missing.any(axis=1)
@@ -212,8 +212,8 @@ class Series:
         """Deal with infinities in place, and return where values are missing, bool [T, F]."""
         infinite: Booleans = np.abs(values) > LARGEST  # false for NaN
         if infinite.any():
-            self._refuse_if(rule, "infinities", infinite, "choose infinities=gap or infinities=clip")
-            notes.append(f"{self._found(infinite, 'infinities')} (infinities={rule}).")
+            self._refuse_if(rule, "infinities", infinite, self.columns, "choose infinities=gap or infinities=clip")
+            notes.append(f"{self._found(infinite, 'infinities', self.columns)} (infinities={rule}).")
             if rule == "clip":
                 known = np.where(infinite | np.isnan(values), np.nan, values)[train.start : train.stop]
                 for column in np.flatnonzero(infinite.any(axis=0)).tolist():
@@ -227,12 +227,12 @@ class Series:
 
     def _without_constants(
         self, values: Floats, missing: Booleans, train: range, rule: str, notes: list[str]
-    ) -> tuple[Floats, Booleans]:
+    ) -> tuple[Floats, Booleans, Sequence[str]]:
         rows = slice(train.start, train.stop)
         known = np.where(missing, np.nan, values)[rows]
         constant = np.array([_constant(known[:, column]) for column in range(values.shape[1])], dtype=bool)
         if not constant.any():
-            return values, missing
+            return values, missing, self.columns
         names = [self.columns[column] for column in np.flatnonzero(constant).tolist()]
         if rule == "raise":
             raise ConfigurationError(
@@ -245,17 +245,20 @@ class Series:
         )
         if rule == "zero":
             values[:, constant] = 0.0
-            return values, missing & ~constant
+            return values, missing & ~constant, self.columns
         if constant.all():
             raise ConfigurationError(
                 f"{self.source}: no column changes over the training rows, so there is nothing to learn from. Choose "
                 "other columns by `features`, or more rows."
             )
-        return values[:, ~constant], missing[:, ~constant]
+        left = [self.columns[column] for column in np.flatnonzero(~constant).tolist()]
+        return values[:, ~constant], missing[:, ~constant], left
 
-    def _fill(self, values: Floats, missing: Booleans, train: range, rule: str, notes: list[str]) -> None:
-        self._refuse_if(rule, "gaps", missing, "choose gaps=forward, gaps=median or gaps=drop")
-        notes.append(f"{self._found(missing, 'gaps')} (gaps={rule}).")
+    def _fill(
+        self, values: Floats, missing: Booleans, names: Sequence[str], train: range, rule: str, notes: list[str]
+    ) -> None:
+        self._refuse_if(rule, "gaps", missing, names, "choose gaps=forward, gaps=median or gaps=drop")
+        notes.append(f"{self._found(missing, 'gaps', names)} (gaps={rule}).")
         for column in np.flatnonzero(missing.any(axis=0)).tolist():
             gaps = missing[:, column]
             known = values[train.start : train.stop, column]
@@ -264,18 +267,17 @@ class Series:
                 last = np.maximum.accumulate(np.where(gaps, 0, np.arange(len(gaps))))
                 values[:, column] = values[last, column]
 
-    def _found(self, where: Booleans, what: str) -> str:
-        names = [str(number) for number in np.flatnonzero(where.any(axis=0))]
-        return f"{self.source}: {int(where.sum())} {what} were found in {len(names)} columns"
+    def _found(self, where: Booleans, what: str, names: Sequence[str]) -> str:
+        columns = [names[column] for column in np.flatnonzero(where.any(axis=0)).tolist()]
+        return f"{self.source}: {int(where.sum())} {what} were found in {_listed(columns)}"
 
-    def _refuse_if(self, rule: str, what: str, where: Booleans, remedy: str) -> None:
+    def _refuse_if(self, rule: str, what: str, where: Booleans, names: Sequence[str], remedy: str) -> None:
         if rule != "raise":
             return
         row, column = (int(place) for place in np.argwhere(where)[0])
-        name = self.columns[column] if where.shape[1] == len(self.columns) else str(column)
         raise ConfigurationError(
-            f"{self.source}: {int(where.sum())} {what}, the first one in row {row} (from 0), column {name!r}. Correct "
-            f"the data, or {remedy}."
+            f"{self.source}: {int(where.sum())} {what}, the first one in row {row} (from 0), column {names[column]!r}. "
+            f"Correct the data, or {remedy}."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -36,10 +38,10 @@ class DirectionClassifier(nn.Module):
         self,
         in_features: int,
         num_classes: int,
-        hidden: int = 64,
+        hidden: int = 32,
         layers: int = 1,
         attention: int = 32,
-        dropout: float = 0.2,
+        dropout: float = 0.3,
         clamp: float | None = None,
     ) -> None:
         super().__init__()
@@ -63,6 +65,10 @@ class DirectionClassifier(nn.Module):
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """Return logits [B, num_classes] of windows [B, T, in_features]."""
-        states, _ = self.recurrent(windows)
+        # On a CPU torch has no LSTM in float16: there the recurrence alone is computed in float32.
+        device = windows.device.type
+        half = device == "cpu" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.half
+        with torch.autocast(device, enabled=False) if half else nullcontext():
+            states, _ = self.recurrent(windows)
         logits: torch.Tensor = self.direction_logits(self.dropout(self.pooling(states)))
         return logits
