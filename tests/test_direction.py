@@ -341,6 +341,25 @@ def test_bad_samples_are_named_and_survived(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finite"]["parameters"] is True
 
 
+def test_a_file_that_made_every_loss_nan_trains(tmp_path):
+    """The failure that its authors met: dividing by the deviation of a constant column, with infinities in others."""
+    values = normal(300, 4)
+    values[:, 1] = 5.0
+    values[20, 2], values[30, 3] = math.inf, math.nan
+    with np.errstate(all="ignore"):
+        by_hand = (values - values.mean(0)) / values.std(0)
+    assert np.isnan(by_hand[:, 1:]).all()  # 3 of 4 columns are lost, from the first step on
+    lines = ["a,b,c,d", *(",".join(map(repr, row)) for row in values.tolist())]
+    (tmp_path / "bad.csv").write_text("\n".join(lines) + "\n")
+    given = ["experiment=direction", "data=windows", f"data.path={tmp_path / 'bad.csv'}", "data.target=a"]
+    given += ["data.horizon=2", "data.sequence=10", "model.hidden=4", *SHORT]
+    run = build(checked(*given), tmp_path / "run", given)
+    summary = train(run)
+    assert (summary.status, summary.rejected) == ("completed", 0) and summary.updates >= 5
+    assert [word in " ".join(run.notes) for word in ("constant=drop", "infinities=gap", "gaps=forward")] == [True] * 3
+    assert math.isfinite(summary.metrics["test"]["macro_f1"])
+
+
 def test_half_precision_with_accumulation_overflows_and_goes_on(tmp_path):
     _, summary = trained(
         tmp_path / "run", "precision=fp16", "accumulate=2", "fault=fp16_overflow", "fault.at=3", "augmentation=none"
