@@ -34,6 +34,8 @@ PLACES = own(
     "places", "task=segmentation", "model._target_=composed.Pixels", "model.in_features=1", "model.num_classes=2"
 )
 VIEWS = own("views", "task=supervised", "model._target_=composed.EachStep", "model.num_classes=4")
+REGIMES = ("data.rows=500", "data.in_features=5", "data.sequence=20", "batch_size=13")
+
 # What an option needs besides itself.
 NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ("model", "convnet"): ("data=digits", "batch_size=419"),
@@ -59,6 +61,13 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
         *("model=bags", "batch_size=14"),
     ),
     ("experiment", "bags"): ("data.bags=60", "batch_size=14"),
+    ("model", "direction"): (*REGIMES, "data=regimes"),
+    ("data", "regimes"): (*REGIMES, "model=direction"),
+    ("data", "windows"): (
+        *("model=direction", "data.path=table.csv", "data.target=a", "data.exclude=[kind]", "data.horizon=1"),
+        *("data.sequence=4", "batch_size=12"),
+    ),
+    ("experiment", "direction"): (*REGIMES, "augmentation=none"),
     ("experiment", "digits"): ("batch_size=419",),
     ("loss", "bce"): BINARY,
     ("loss", "binary_focal"): BINARY,

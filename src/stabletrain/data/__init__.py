@@ -8,9 +8,11 @@ from stabletrain.data.bags import DigitBags, digit_bags, from_bag_table
 from stabletrain.data.builtin import breast_cancer, digits, sequences
 from stabletrain.data.files import from_csv, from_npz, from_parquet
 from stabletrain.data.loader import Loader, OrderedLoader, collate
+from stabletrain.data.series import regimes, windows_of_file
 from stabletrain.data.splits import Splits, split_dataset, split_indices
 from stabletrain.data.table import Table
 from stabletrain.data.text import text
+from stabletrain.data.windows import Series, Windows
 
 __all__ = [
     "ArrayDataset",
@@ -19,8 +21,10 @@ __all__ = [
     "Microbatch",
     "OrderedLoader",
     "Part",
+    "Series",
     "Splits",
     "Table",
+    "Windows",
     "breast_cancer",
     "class_targets",
     "collate",
@@ -30,9 +34,11 @@ __all__ = [
     "from_csv",
     "from_npz",
     "from_parquet",
+    "regimes",
     "sequences",
     "split_dataset",
     "split_indices",
     "text",
+    "windows_of_file",
     "with_facts",
 ]

@@ -7,7 +7,13 @@ from typing import Any
 from stabletrain.data.splits import Splits
 from stabletrain.errors import ConfigurationError
 
-AUTO_GROUPS = ("model", "loss", "augmentation", "fault")  # groups in which the value `auto` is taken from the data
+AUTO_GROUPS = (
+    "model",
+    "task",
+    "loss",
+    "augmentation",
+    "fault",
+)  # groups in which the value `auto` is taken from the data
 
 
 def with_facts(config: dict[str, Any], splits: Splits) -> dict[str, Any]:

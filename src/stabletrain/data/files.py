@@ -323,11 +323,16 @@ def numbers(values: list[Any], column: str, source: str, where: Callable[[int], 
     ]
 
 
-def read_columns(path: str | Path) -> tuple[dict[str, list[Any]], str, Callable[[int], str]]:
+def read_columns(
+    path: str | Path, *, header: bool = True, delimiter: str = ",", encoding: str = "utf-8-sig"
+) -> tuple[dict[str, list[Any]], str, Callable[[int], str]]:
     """Read all columns of a table as they are: text from a CSV file, values from a Parquet file.
 
     Args:
         path: the file, whose name ends with .csv or .parquet; relative to the current folder.
+        header: of CSV, the first line holds the names; otherwise columns are called 0, 1, 2, ...
+        delimiter: of CSV, the character between cells.
+        encoding: of CSV, of the text.
 
     Returns:
         The columns by their names; what to call the file in messages; and what names the place of a row.
@@ -335,13 +340,15 @@ def read_columns(path: str | Path) -> tuple[dict[str, list[Any]], str, Callable[
     Raises:
         ConfigurationError: for a file that can't be read.
     """
-    kind = {".csv": "CSV", ".parquet": "Parquet", ".pq": "Parquet"}.get(Path(path).suffix.lower())
+    kind = {".csv": "CSV", ".tsv": "CSV", ".txt": "CSV", ".parquet": "Parquet", ".pq": "Parquet"}.get(
+        Path(path).suffix.lower()
+    )
     if kind is None:
         raise ConfigurationError(f"the table {str(path)!r} is neither a .csv nor a .parquet file; give one of these.")
     file = _existing(path, kind)
     source = f"the {kind} file {str(path)!r}"
     if kind == "CSV":
-        names, rows, lines = _read_csv(file, source, True, ",", "utf-8-sig")
+        names, rows, lines = _read_csv(file, source, header, delimiter, encoding)
         cells = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in names]
     else:
         pyarrow = _pyarrow()

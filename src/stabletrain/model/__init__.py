@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from stabletrain.model.bags import BagClassifier
 from stabletrain.model.convnet import ConvNet
+from stabletrain.model.direction import DirectionClassifier
 from stabletrain.model.mlp import MLP
+from stabletrain.model.pooling import AttentionPooling
 from stabletrain.model.recurrent import RecurrentClassifier
 from stabletrain.model.transformer import Transformer
 
-__all__ = ["MLP", "BagClassifier", "ConvNet", "RecurrentClassifier", "Transformer"]
+__all__ = [
+    "MLP",
+    "AttentionPooling",
+    "BagClassifier",
+    "ConvNet",
+    "DirectionClassifier",
+    "RecurrentClassifier",
+    "Transformer",
+]

@@ -1,5 +1,6 @@
 """Tasks: how a model and a microbatch become a loss, and how a model is judged."""
 
+from stabletrain.task.balanced import BalancedClassification, balanced_metrics
 from stabletrain.task.base import Batch, Output, Task, memory_of
 from stabletrain.task.binary import Binary
 from stabletrain.task.classification import Classification
@@ -10,6 +11,7 @@ from stabletrain.task.segmentation import Segmentation
 from stabletrain.task.supervised import Supervised
 
 __all__ = [
+    "BalancedClassification",
     "Batch",
     "Binary",
     "Classification",
@@ -20,5 +22,6 @@ __all__ = [
     "Segmentation",
     "Supervised",
     "Task",
+    "balanced_metrics",
     "memory_of",
 ]

@@ -90,7 +90,7 @@ class LossTask:
     """
 
     name: ClassVar[str] = "supervised"  # its option in the group `task`
-    counts: ClassVar[int] = 0  # how many sums it takes besides those of the loss
+    counts: int = 0  # how many sums it takes besides those of the loss
 
     def __init__(self, loss: nn.Module) -> None:
         fits: Sequence[str] | None = getattr(loss, "tasks", None)
