@@ -45,7 +45,7 @@ test-mutants: $(DEVELOPMENT) ## leave out each statement of the guard in turn: s
 	@MUTANTS=all $(RUN) -m pytest -q -n 2 --dist worksteal tests/guard/test_mutation.py $(ARGS)
 
 test-integrations: $(INTEGRATIONS) ## test the adapters for Lightning, Hugging Face and Accelerate
-	@$(RUN) -m pytest -q -n 2 --dist worksteal -o addopts="--doctest-modules --import-mode=importlib --strict-markers -ra" \
+	@$(RUN) -m pytest -q -n 3 --dist worksteal -o addopts="--doctest-modules --import-mode=importlib --strict-markers -ra" \
 	  tests/integrations src/stabletrain/integrations $(ARGS)
 
 checks: $(DEVELOPMENT) ## lint, formatting, types, layers

@@ -15,7 +15,12 @@ from stabletrain.trainer import train
 from .case import Built
 
 EXPERIMENTS, PRESETS = option_names("experiment"), ("normal", "stable", "safe")
-SMALL = {"sequences": ["data.samples=300"], "bags": ["data.bags=200"]}
+SMALL = {
+    "sequences": ["data.samples=300"],
+    "bags": ["data.bags=200"],
+    "text": ["data.samples=200"],
+    "direction": ["data.rows=900", "data.in_features=10", "data.sequence=20"],
+}
 
 
 def step_of(experiment: str, preset: str, seed: int, folder: Path) -> Built:

@@ -11,7 +11,7 @@ from .case import Built, Case, batch_size, canonical, guilty_lines, right_operat
 from .collection import CASES, CAUSES, FROZEN, HEALTHY
 from .trace import first_bad, mend_sources, run
 
-SEEDS = (0,)  # three were looked at when a case was written; `test_diagnose` goes through three
+SEEDS = (0,)  # more were looked at when a case was written, and `test_diagnose` takes them too
 SOURCES = [case for case in CASES if not case.operations]
 OPERATIONS = [case for case in CASES if case.operations]
 

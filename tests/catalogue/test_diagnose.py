@@ -13,7 +13,7 @@ from .collection import CASES, HEALTHY
 from .experiments import EXPERIMENTS, PRESETS, step_of
 from .judge import Judged, judged
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)  # `benchmarks/catalogue.py` goes through three
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,7 @@ def test_no_false_alarm(case: Case, seed: int) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_no_false_alarm_in_an_experiment(experiment: str, preset: str, seed: int, tmp_path: Path) -> None:
-    built = step_of(experiment, preset, seed, tmp_path)
+def test_no_false_alarm_in_an_experiment(experiment: str, preset: str, tmp_path: Path) -> None:
+    built = step_of(experiment, preset, 0, tmp_path)
     found = diagnose(built.model, built.loss, built.batch)
     assert found.cause is None, found

@@ -49,7 +49,7 @@ from .worlds import Case, Poison
 
 NAN, INF = math.nan, math.inf
 
-PARTS = 24  # tests that the work is divided into, for several processes
+PARTS = 48  # tests that the work is divided into, for several processes
 TAKEN = range(PARTS) if os.environ.get("MUTANTS") == "all" else range(1)
 
 # Everything that copies, puts back, decides where, or leaves the scaler and the schedule right.
