@@ -29,6 +29,7 @@ from torch import nn
 from stabletrain import UnstableTraining
 from stabletrain.build import build
 from stabletrain.config import conf_folder, settings
+from stabletrain.fault import NanInput
 from stabletrain.folder import json_text, write_whole
 from stabletrain.trainer import Run, evaluate, train
 
@@ -49,9 +50,12 @@ def configured(experiment: str, preset: str, seed: int, harsh: bool, more: list[
 
 
 def poison(run: Run, seed: int) -> None:
-    """Make the inputs of a share of the training samples NaN."""
+    """Make the inputs of a share of the training samples NaN, in memory; windows share theirs, so a fault does it."""
     dataset: Any = run.loader.dataset
     count = round(SHARE * len(dataset))
+    if not hasattr(dataset, "inputs"):
+        run.fault = NanInput(at=0, times=1, samples=min(count, run.loader.batch_size))
+        return
     for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist():
         dataset.inputs[index].fill_(math.nan)
 
@@ -64,10 +68,11 @@ def by_hand(run: Run) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.total_steps)
     model.train()
     for epoch in range(run.epochs):
-        for microbatches in run.loader.epoch(epoch):
+        for step, microbatches in enumerate(run.loader.epoch(epoch)):
+            microbatches = run.fault.before_step(epoch * run.loader.steps_per_epoch + step, microbatches)
             optimizer.zero_grad()
             with run.precision.autocast():
-                outputs = [run.task.step(model, microbatch.data) for microbatch in microbatches]
+                outputs = [run.task.step(model, run.augmentation(microbatch.data)) for microbatch in microbatches]
             loss = sum(output.loss_sum / output.weight for output in outputs) / len(outputs)
             if torch.isnan(loss):
                 continue
