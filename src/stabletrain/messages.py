@@ -15,6 +15,7 @@ from pathlib import Path
 from stabletrain.errors import ConfigurationError, Interrupted, UnstableTraining
 
 COMPLETED, FAILED, MISCONFIGURED, UNSTABLE, INTERRUPTED = 0, 1, 2, 3, 75
+_HEAD_START = 6.0  # seconds that the first of several processes has to speak for all, also on a loaded machine
 
 # What the file system may refuse: a matter of the folder or the disk, not of the program.
 _DISK = {
@@ -38,7 +39,7 @@ def report(error: BaseException, debug: bool) -> int:
         if code in (UNSTABLE, INTERRUPTED):
             return code  # common to all processes, and told by the first
         # The first process says what concerns all, and the launcher ends the others; what is left is this one's own.
-        time.sleep(2.0)
+        time.sleep(_HEAD_START)
         message = f"process {rank}: {message}"
     if debug:
         traceback.print_exception(type(error), error, error.__traceback__)
