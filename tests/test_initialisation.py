@@ -176,7 +176,11 @@ def test_what_writes_to_the_residual_stream_is_scaled_by_the_depth() -> None:
 )
 def test_our_models_have_a_rule_for_each_parameter(model: nn.Module) -> None:
     for rule in (TruncatedNormal(), Xavier(), Orthogonal()):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(math.nan)
         rule(model)
+        assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()), rule
 
 
 class Scaled(nn.Module):

@@ -151,6 +151,24 @@ def _digest_tree(digest: Any, tree: Any, *, content: bool = True, limit: int = 1
         digest.update(f"{type(tree).__name__}:{tree!r};".encode() if primitive else type(tree).__name__.encode())
 
 
+def check_shares(validation: float, test: float) -> None:
+    """Refuse shares of the validation and test part that are none, or leave nothing to train on.
+
+    Raises:
+        ConfigurationError: names the part and the share.
+    """
+    for share, name in ((validation, "validation"), (test, "test")):
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise ConfigurationError(
+                f"the share of the {name} part is {share!r}; a number from 0 to below 1 is allowed."
+            )
+    if validation + test >= 1:
+        raise ConfigurationError(
+            f"the shares of the validation part ({validation}) and the test part ({test}) leave nothing to train on: "
+            "their sum must be below 1."
+        )
+
+
 def split_indices(
     count: int,
     *,
@@ -181,16 +199,7 @@ def split_indices(
         >>> [len(part) for part in split_indices(10, validation=0.2, test=0.2, seed=1)]
         [6, 2, 2]
     """
-    for share, name in ((validation, "validation"), (test, "test")):
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise ConfigurationError(
-                f"the share of the {name} part is {share!r}; a number from 0 to below 1 is allowed."
-            )
-    if validation + test >= 1:
-        raise ConfigurationError(
-            f"the shares of the validation part ({validation}) and the test part ({test}) leave nothing to train on: "
-            "their sum must be below 1."
-        )
+    check_shares(validation, test)
     if count == 0:
         raise ConfigurationError("the data set is empty (0 samples): check its path and filters.")
     groups = np.zeros(count, dtype=np.int64) if classes is None else classes

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from stabletrain.data.arrays import Integers
-from stabletrain.data.splits import Splits
+from stabletrain.data.splits import Splits, check_shares
 from stabletrain.data.table import Booleans, Floats, did_you_mean
 from stabletrain.errors import ConfigurationError
 
@@ -82,16 +82,7 @@ def row_parts(count: int, *, validation: float, test: float, gap: int) -> list[r
         >>> row_parts(100, validation=0.2, test=0.2, gap=5)
         [range(0, 60), range(65, 80), range(85, 100)]
     """
-    for share, name in ((validation, "validation"), (test, "test")):
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise ConfigurationError(
-                f"the share of the {name} part is {share!r}; a number from 0 to below 1 is allowed."
-            )
-    if validation + test >= 1:
-        raise ConfigurationError(
-            f"the shares of the validation part ({validation}) and the test part ({test}) leave nothing to train on: "
-            "their sum must be below 1."
-        )
+    check_shares(validation, test)
     cuts = [count - round(count * (validation + test)), count - round(count * test), count]
     parts = [range(cuts[0])]
     for begin, end, share in ((cuts[0], cuts[1], validation), (cuts[1], cuts[2], test)):

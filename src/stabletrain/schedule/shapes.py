@@ -20,7 +20,22 @@ class Constant(Planned):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Planned):
+class Falling(Planned):
+    """Warm up, then fall from the base rate to a share of it.
+
+    Args:
+        final: factor at the end, from 0 to 1.
+    """
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_factor("schedule.final", self.final)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Falling):
     """Warm up, then fall along a straight line: final + (1 - final) * (1 - progress).
 
     Args:
@@ -35,19 +50,13 @@ class Linear(Planned):
         [0.1, 1.0, 0.5, 0.0, 0.0]
     """
 
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_factor("schedule.final", self.final)
-
     def after(self, update: int, length: int) -> float:
         """Return the factor of an update after the warm-up."""
         return self.final + (1.0 - self.final) * (1.0 - update / length)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine(Planned):
+class Cosine(Falling):
     """Warm up, then fall along half a cosine: final + (1 - final) * (1 + cos(pi * progress)) / 2.
 
     Args:
@@ -63,19 +72,13 @@ class Cosine(Planned):
         [0.1, 1.0, 0.5, 0.0, 0.0]
     """
 
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_factor("schedule.final", self.final)
-
     def after(self, update: int, length: int) -> float:
         """Return the factor of an update after the warm-up."""
         return self.final + (1.0 - self.final) * half_cosine(update / length)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Polynomial(Planned):
+class Polynomial(Falling):
     """Warm up, then fall along a power: final + (1 - final) * (1 - progress)^power.
 
     Args:
@@ -92,11 +95,9 @@ class Polynomial(Planned):
     """
 
     power: float = 1.0
-    final: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_factor("schedule.final", self.final)
         check_number("schedule.power", self.power, least=1e-6)
 
     def after(self, update: int, length: int) -> float:
@@ -138,7 +139,7 @@ class InverseSqrt(Planned):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupStableDecay(Planned):
+class WarmupStableDecay(Falling):
     """Warm up, stay at the base rate, and fall only over the last part of the run.
 
     With x the share of that part that is done, the fall is 1 - x (`linear`), (1 + cos(pi x)) / 2 (`cosine`) or
@@ -162,11 +163,9 @@ class WarmupStableDecay(Planned):
 
     decay_share: float = 0.2
     decay: Literal["linear", "cosine", "sqrt"] = "linear"
-    final: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_factor("schedule.final", self.final)
         check_number("schedule.decay_share", self.decay_share, least=1e-9, below=math.nextafter(1.0, 2.0))
         check_word("schedule.decay", self.decay, ("linear", "cosine", "sqrt"))
 
