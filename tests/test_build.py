@@ -11,6 +11,7 @@ import torch
 import stabletrain
 from composed import checked
 from stabletrain.build import PartFailed, build
+from stabletrain.data import ArrayDataset, Splits
 from stabletrain.errors import ConfigurationError
 from stabletrain.trainer import train
 
@@ -169,3 +170,56 @@ def test_settings_and_overrides_are_kept_for_the_records(tmp_path):
     facts = {"in_features": 30, "num_classes": 2}  # so that the model can be built again without the data
     assert run.settings == {**values, "model": {**values["model"], **facts}}
     assert run.overrides == ["a=1"]
+
+
+class Graph(torch.nn.Module):
+    """A model with a place for two of the data's tables."""
+
+    def __init__(self, edges: int = 3, *, trained: bool = False, **options: object) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.zeros(2, edges, dtype=torch.int64))
+        self.features = torch.nn.Parameter(torch.zeros(4, 2), requires_grad=trained)
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs)
+
+
+def with_tables(**options: object) -> Splits:
+    inputs = torch.randn(40, 2)
+    tables = {"edges": torch.arange(6).view(2, 3), "features": torch.arange(8.0).view(4, 2), "unknown": torch.ones(1)}
+    return Splits(ArrayDataset(inputs, (inputs[:, 0] > 0).long()), tables=tables)
+
+
+def tables_run(folder: Path, *more: str):
+    words = ("data._target_=test_build.with_tables", "model._target_=test_build.Graph", "batch_size=10", "ema=ema")
+    return build(checked(*SMALL[:2], *SMALL[3:], *words, *more), folder)
+
+
+def test_the_datas_tables_reach_the_model_and_stay_what_they_are(tmp_path):
+    run = tables_run(tmp_path, "initialisation=xavier", "+model.edges=3")
+    assert train(run).status == "completed"
+    tables = with_tables().tables
+    assert torch.equal(run.model.edges, tables["edges"])
+    assert torch.equal(run.model.features, tables["features"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("+model.edges=2", r"table edges has the shape \[2, 3\], but the model has \[2, 2\]"),
+        ("+model.trained=true", "the model trains its own parameter features"),
+    ],
+)
+def test_a_table_that_has_no_right_place_is_refused(option, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        tables_run(tmp_path, option)
+
+
+def test_tables_are_part_of_the_datas_fingerprint():
+    def marked(table: torch.Tensor) -> str:
+        return Splits(
+            ArrayDataset(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)), tables={"t": table}
+        ).fingerprint()
+
+    assert marked(torch.zeros(2)) == marked(torch.zeros(2)) != marked(torch.ones(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 
 from stabletrain.data import ArrayDataset, Loader, Microbatch, OrderedLoader, Part, collate, digits
 from stabletrain.errors import ConfigurationError
+from stabletrain.randomness import uniform
 from stabletrain.tree import tensors
 
 # Python 3.12 and later warn about fork with threads, which is how workers start on Linux.
@@ -160,6 +162,37 @@ def test_parts_of_a_random_data_set_stay_random_and_keyed() -> None:
     part = Part(Augmented(), torch.arange(5, 15))
     first, second = (list(Loader(part, batch_size=5, seed=1).epoch(0)) for _ in range(2))
     assert same(first, second)
+
+
+class Drawn(Dataset[torch.Tensor]):
+    """Whole batches, with something drawn for each sample."""
+
+    random = True
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.rand(2)
+
+    def gather(self, indices: torch.Tensor, seed: int) -> torch.Tensor:
+        return uniform(seed, indices, 2)
+
+
+@pytest.mark.parametrize("make", [Drawn, lambda: Part(Drawn(), torch.arange(20))])
+def test_what_whole_batches_draw_depends_on_seed_epoch_and_sample_alone(make: Callable[[], Any]) -> None:
+    loader = Loader(make(), batch_size=5, seed=1)
+
+    def by_sample(steps: Iterable[list[Microbatch]]) -> dict[int, list[float]]:
+        parts = [part for step in steps for part in step]
+        return {i: row for part in parts for i, row in zip(part.indices.tolist(), part.data.tolist(), strict=True)}
+
+    first = by_sample(loader.epoch(0))
+    assert by_sample(Loader(make(), batch_size=4, accumulate=2, seed=1).epoch(0)) == first
+    assert loader.read([7, 3], 0).data.tolist() == [first[7], first[3]]
+    others = by_sample(loader.epoch(1)), by_sample(Loader(make(), batch_size=5, seed=2).epoch(0))
+    numbers = [number for found in (first, *others) for row in found.values() for number in row]
+    assert len(set(numbers)) == len(numbers) == 120
 
 
 def test_evaluation_sees_every_sample_once_in_order() -> None:

@@ -58,6 +58,19 @@ def test_applied_puts_the_parameters_back_bit_for_bit_even_after_an_error() -> N
     assert torch.equal(layer.weight, before)
 
 
+def test_frozen_parameters_are_the_models_own() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.requires_grad_(False)
+    average = ExponentialMovingAverage(layer)
+    assert list(average.average) == ["bias"]
+    with torch.no_grad():
+        layer.weight.fill_(7.0)
+        layer.bias.fill_(7.0)
+    with average.applied(layer):
+        assert bool((layer.weight == 7.0).all())
+        assert not bool((layer.bias == 7.0).any())
+
+
 def test_it_round_trips() -> None:
     layer = nn.Linear(4, 4)
     one, other = ExponentialMovingAverage(layer), ExponentialMovingAverage(nn.Linear(4, 4))

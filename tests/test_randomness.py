@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from processes import run
-from stabletrain.randomness import key, keyed, keyed_all
+from stabletrain.randomness import key, keyed, keyed_all, uniform
 
 PARTS = st.lists(st.one_of(st.integers(), st.text(max_size=5)), min_size=1, max_size=4).map(tuple)
 
@@ -72,3 +72,27 @@ def test_generators_are_put_back_after_an_error(block: Any) -> None:
     with pytest.raises(ZeroDivisionError), block(key(1)):
         float(torch.rand(())) / 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_uniform_numbers_belong_to_sample_and_column_alone():
+    indices = torch.tensor([5, 0, 2**40, 7])
+    drawn = uniform(key(1, 2), indices, 3)
+    assert drawn.dtype == torch.float64
+    for row, index in enumerate(indices.tolist()):
+        assert torch.equal(uniform(key(1, 2), torch.tensor([index]), 3)[0], drawn[row])
+        assert torch.equal(uniform(key(1, 2), torch.tensor([index]), 2)[0], drawn[row, :2])
+    assert len(set(drawn.flatten().tolist()) | set(uniform(key(1, 3), indices, 3).flatten().tolist())) == 24
+
+
+def test_uniform_numbers_are_uniform_and_independent():
+    drawn = uniform(key("test"), torch.arange(20_000), 4)
+    assert float(drawn.min()) >= 0
+    assert float(drawn.max()) < 1
+    # Bars of 5 standard errors: the mean has sqrt(1/12 n), a correlation 1 / sqrt(n), a share sqrt(p (1 - p) / n).
+    assert torch.allclose(drawn.mean(0), torch.full((4,), 0.5, dtype=torch.float64), atol=5 * (12 * 20_000) ** -0.5)
+    both = torch.cat([drawn, drawn.roll(1, 0)], 1).T.corrcoef()
+    assert float((both - torch.eye(8)).abs().max()) < 5 * 20_000**-0.5
+    counts = torch.histc(drawn, bins=16, min=0, max=1) / drawn.numel()
+    assert float((counts - 1 / 16).abs().max()) < 5 * (1 / 16 * 15 / 16 / drawn.numel()) ** 0.5
+    lowest_bits = (drawn * 2**53).long() & 1
+    assert abs(float(lowest_bits.double().mean()) - 0.5) < 5 * (4 * drawn.numel()) ** -0.5

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
@@ -64,6 +65,7 @@ def build(config: dict[str, Any], folder: Path | str, overrides: Sequence[str] =
     groups = ("loss", "augmentation", "guard", "clipping", "fault", "parallel", *RUN_TIME)
     parts = {group: _part(group, options) for group in groups}
     model = build_model(config)
+    hand_over(splits.tables, model)
     loss, make_task = parts.pop("loss"), parts.pop("task")
     mode, notes = config["loss_mode"], []
     with _named("loss", config):
@@ -131,6 +133,45 @@ def build_model(config: dict[str, Any]) -> nn.Module:
         with keyed_all(key(config["seed"], "initialisation")), _named("initialisation", config):
             initialise(model)
     return model
+
+
+@torch.no_grad()
+def hand_over(tables: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Copy the data's tables into the model's own buffers and frozen parameters of the same names.
+
+    A frozen parameter (`nn.Parameter(torch.empty(...), requires_grad=False)`) is the better place for a large one:
+    buffers are copied before each step. Tables that the model has no place for are left out.
+
+    Args:
+        tables: of `Splits`.
+        model: changed in place.
+
+    Raises:
+        ConfigurationError: for a place of another shape, and for one that is trained.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.register_buffer("edges", torch.zeros(2, 3, dtype=torch.int64))
+        >>> hand_over({"edges": torch.ones(2, 3, dtype=torch.int64)}, model)
+        >>> int(model.edges.sum())
+        6
+    """
+    places = {**model._parameters, **model._buffers}
+    for name, table in tables.items():
+        place = places.get(name)
+        if place is None:
+            continue
+        if place.requires_grad:
+            raise ConfigurationError(
+                f"the data gives the model its table {name}, but the model trains its own parameter {name}. Make it a "
+                "buffer, or nn.Parameter(..., requires_grad=False), or give it another name."
+            )
+        if place.shape != table.shape:
+            raise ConfigurationError(
+                f"the data's table {name} has the shape {list(table.shape)}, but the model has {list(place.shape)} for "
+                "it. Build the model by the facts of the data: write auto for its sizes."
+            )
+        place.copy_(table)
 
 
 def _part(group: str, config: dict[str, Any]) -> Any:

@@ -20,7 +20,8 @@ class ExponentialMovingAverage:
     """Averages the parameters over the updates: average = decay * average + (1 - decay) * parameter.
 
     Kept in float32 at least: in bfloat16 an average with decay 0.999 stands still. In the first updates the decay is
-    min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. Buffers are taken from the model.
+    min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. Buffers and frozen
+    parameters are taken from the model.
 
     Args:
         model: whose parameters are averaged.
@@ -50,12 +51,12 @@ class ExponentialMovingAverage:
             raise ConfigurationError(f"ema.decay is {decay}; it must be at least 0 and below 1.")
         self.decay = decay
         self.updates = 0
-        self.average = {name: _wide(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+        self.average = {name: _wide(parameter.detach()).clone() for name, parameter in trained(model)}
 
     @torch.no_grad()
     def restart(self, model: nn.Module) -> None:
         """Begin anew from these parameters."""
-        for tensor, parameter in zip(self.average.values(), model.parameters(), strict=True):
+        for tensor, (_, parameter) in zip(self.average.values(), trained(model), strict=True):
             tensor.copy_(parameter)
         self.updates = 0
 
@@ -63,14 +64,14 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module) -> None:
         """Take in the parameters after an update."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [_wide(parameter.detach()) for parameter in model.parameters()]
+        current = [_wide(parameter.detach()) for _, parameter in trained(model)]
         torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Put the average in the parameters' place inside the block, and put them back bit for bit."""
-        kept = [parameter.detach().clone() for parameter in model.parameters()]
+        kept = [parameter.detach().clone() for _, parameter in trained(model)]
         _copy_into(model, list(self.average.values()))
         try:
             yield
@@ -89,11 +90,16 @@ class ExponentialMovingAverage:
         self.updates = int(state["updates"])
 
 
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that take a gradient, with their names."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @torch.no_grad()
 def _copy_into(model: nn.Module, tensors: list[Tensor]) -> None:
-    for parameter, tensor in zip(model.parameters(), tensors, strict=True):
+    for (_, parameter), tensor in zip(trained(model), tensors, strict=True):
         parameter.copy_(tensor)

@@ -81,7 +81,7 @@ class ByType:
         """Write every parameter of the model, in the order of its modules, from torch's default generators.
 
         Args:
-            model: changed in place; its buffers stay.
+            model: changed in place; its buffers stay, and its frozen parameters (requires_grad=False).
 
         Raises:
             ConfigurationError: for a parameter that no rule knows, that isn't there yet (lazy modules), or that a rule
@@ -93,7 +93,7 @@ class ByType:
             >>> layer.bias_ih_l0[4:8], layer.bias_hh_l0.count_nonzero()
             (tensor([1., 1., 1., 1.], grad_fn=<SliceBackward0>), tensor(0))
         """
-        named = {id(parameter): name for name, parameter in model.named_parameters()}
+        named = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
         unknown = dict(named)
         plan: list[tuple[str, torch.Tensor, Writer]] = []
         for path, module in model.named_modules():

@@ -32,6 +32,46 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def uniform(seed: int, indices: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return random numbers for each of some samples, whatever other samples are asked for with them.
+
+    Args:
+        seed: a number from `key`.
+        indices: numbers of the samples, int64 [n].
+        columns: numbers for each of them.
+
+    Returns:
+        float64 [n, columns], from 0 to below 1; a function of (seed, index, column), on the device of `indices`.
+
+    References:
+        G. L. Steele, D. Lea, C. H. Flood: Fast Splittable Pseudorandom Number Generators, 2014 (its mixing function).
+
+    Example:
+        >>> torch.equal(uniform(7, torch.tensor([3, 5]), 2)[1:], uniform(7, torch.tensor([5]), 2))
+        True
+    """
+    of_sample = _mixed(_mixed(indices) + _signed(seed * 2 + 1))
+    counters = torch.arange(1, columns + 1, device=indices.device) * _signed(0x9E3779B97F4A7C15)
+    return _shifted(_mixed(of_sample.unsqueeze(1) + counters), 11).double() * 2.0**-53
+
+
+def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """Return 64 bits each of which depends on all the bits of the number; products wrap around."""
+    numbers = (numbers ^ _shifted(numbers, 30)) * _signed(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ _shifted(numbers, 27)) * _signed(0x94D049BB133111EB)
+    return numbers ^ _shifted(numbers, 31)
+
+
+def _shifted(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift to the right with zeros coming in, which torch doesn't do with a sign."""
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    """Return the int64 with the lowest 64 bits of the number."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def generators(device: torch.device | str = "cpu") -> list[torch.Generator]:
     """Return torch's default generators that a computation on `device` may draw from."""
     device = torch.device(device)

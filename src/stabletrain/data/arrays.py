@@ -134,8 +134,8 @@ class Part(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return self.dataset[int(self.indices[index])]
 
-    def _gather(self, indices: torch.Tensor) -> Any:
-        return self.dataset.gather(self.indices.index_select(0, indices))
+    def _gather(self, indices: torch.Tensor, **draw: int) -> Any:
+        return self.dataset.gather(self.indices.index_select(0, indices), **draw)
 
 
 def class_targets(dataset: Any) -> Integers | None:

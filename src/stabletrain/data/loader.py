@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, pairwise, tee
 from typing import Any
 
@@ -63,7 +64,7 @@ class _Samples(Dataset[Any]):
 
 
 class _Reader:
-    """Reads microbatches of a data set by their indices."""
+    """Reads microbatches of a data set by their indices; `parts` are what a random data set's key is made of."""
 
     def __init__(
         self, dataset: Any, workers: int, device: torch.device | str, collate_function: Collate | None
@@ -82,7 +83,7 @@ class _Reader:
         self.dataset = dataset
 
     def read(self, batches: Iterable[torch.Tensor], *parts: int | str) -> Iterator[Microbatch]:
-        gather = getattr(self.dataset, "gather", None)
+        gather = self._gather(*parts)
         if gather is None:
             yield from self._read_samples(batches, *parts)
         elif self.device.type == "cpu":
@@ -94,12 +95,19 @@ class _Reader:
 
     def read_once(self, indices: torch.Tensor, *parts: int | str) -> Microbatch:
         """Read a few samples in this process, as `read` would."""
-        gather = getattr(self.dataset, "gather", None)
+        gather = self._gather(*parts)
         if gather is not None:
             return Microbatch(to_device(gather(indices), self.device), indices)
         samples = _Samples(self.dataset, *parts)
         data = self.collate([samples[index] for index in indices.tolist()])
         return Microbatch(to_device(data, self.device), indices)
+
+    def _gather(self, *parts: int | str) -> Callable[[torch.Tensor], Any] | None:
+        """Return what takes whole batches from the data set, if it can."""
+        gather: Callable[..., Any] | None = getattr(self.dataset, "gather", None)
+        if gather is None or not getattr(self.dataset, "random", False):
+            return gather
+        return partial(gather, seed=key(*parts))
 
     def _read_samples(self, batches: Iterable[torch.Tensor], *parts: int | str) -> Iterator[Microbatch]:
         wanted, known = tee(batches)  # workers read ahead of what was yielded
@@ -148,7 +156,9 @@ class Loader:
 
     A data set with `gather(indices)` is asked for whole batches; any other is read sample by sample, by `workers`
     processes. One that draws random numbers says so by an attribute `random = True`: each sample is then read under a
-    key of (seed, epoch, index), and the number of workers or a restart change nothing.
+    key of (seed, epoch, index), and the number of workers or a restart change nothing. Where it has `gather`, it is
+    called as `gather(indices, seed=...)` with a key of (seed, epoch), and what it draws for a sample has to follow from
+    that and the sample's index, as with `stabletrain.randomness.uniform`.
 
     Args:
         dataset: map-style data set.

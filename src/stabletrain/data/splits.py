@@ -32,6 +32,8 @@ class Splits:
         name: name for records.
         notes: sentences about what was done to the data, for the user to read.
         classes: names of the classes, in the order of their numbers; empty where they have none.
+        tables: what belongs to no sample and every forward needs, by name: a graph's edges, the features of all items.
+            A model that has a frozen parameter or a buffer of that name is given it when the run is built.
 
     Example:
         >>> train = ArrayDataset(torch.zeros(4, 3), torch.tensor([0, 1, 1, 2]))
@@ -46,6 +48,7 @@ class Splits:
     name: str = "data"
     notes: list[str] = field(default_factory=list)
     classes: Sequence[str] = ()
+    tables: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for part, name in zip((self.train, self.validation, self.test), PARTS, strict=True):
@@ -63,6 +66,8 @@ class Splits:
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.train, self.validation, self.test):
             _digest_dataset(digest, part)
+        if self.tables:
+            _digest_tree(digest, self.tables)
         return digest.hexdigest()
 
 
