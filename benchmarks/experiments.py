@@ -1,18 +1,20 @@
-"""An experiment under each preset, its rehearsals, a library's baseline and the loop people write, side by side.
+"""An experiment under each preset, its rehearsals, libraries' baselines and the loop people write, side by side.
 
     python benchmarks/experiments.py direction [--seeds 0 1 2] [--presets normal stable safe] [--set KEY=VALUE ...]
+    python benchmarks/experiments.py --summary
 
 Each run is `python -m stabletrain +experiment=<name> +preset=<preset>` in a process of its own, whose time and peak
 memory are the operating system's. Rehearsals, and the loop written by hand, take the preset `stable`. What was measured
 goes to docs/experiments/<name>.json, the plot to docs/experiments/<name>.png, the table to the console. What was
-measured before under the same words isn't measured again (--again: it is).
+measured before under the same words isn't measured again (--again: it is). `--summary` prints one table of all.
 
-Another experiment adds a line to EXPERIMENTS, and a baseline if it has one.
+Another experiment adds a line to EXPERIMENTS in experiment_rows.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
 import math
@@ -22,111 +24,93 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiment_rows import EXPERIMENTS
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "experiments"
+Row = dict[str, Any]  # of one run
+Found = dict[str, dict[str, Row]]  # label -> seed -> row
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """A failure made on purpose, under the preset stable.
-
-    Args:
-        overrides: on the command line.
-        naive: whether the loop written by hand meets it too.
-    """
-
-    overrides: tuple[str, ...]
-    naive: bool = True
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What is measured of an experiment.
-
-    Args:
-        metric: of the test part, the larger the better.
-        baseline: from the data's parts and a seed to that metric, and what it is called; None = there is none.
-        chance: name of the test metric that a constant answer reaches, or None.
-        rehearsals: by name.
-    """
-
-    metric: str
-    baseline: tuple[str, Callable[[Any, int], dict[str, float]]] | None = None
-    chance: str | None = None
-    rehearsals: dict[str, Rehearsal] = field(default_factory=dict)
-
-
-def boosted_statistics(splits: Any, seed: int) -> dict[str, float]:
-    """Gradient boosting on mean, deviation, last value and slope of each column in a window."""
-    import torch
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
-
-    def table(part: Any) -> tuple[Any, Any]:
-        windows, targets = part.gather(torch.arange(len(part)))
-        time_axis = torch.linspace(-1, 1, windows.shape[1]).view(1, -1, 1)
-        columns = [windows.mean(1), windows.std(1), windows[:, -1], (windows * time_axis).mean(1)]
-        return torch.cat(columns, 1).numpy(), targets.numpy()
-
-    model = HistGradientBoostingClassifier(max_iter=100, class_weight="balanced", random_state=seed)
-    model.fit(*table(splits.train))
-    features, real = table(splits.test)
-    answers = model.predict(features)
-    return {
-        "macro_f1": float(f1_score(real, answers, average="macro")),
-        "balanced_accuracy": float(balanced_accuracy_score(real, answers)),
-        "accuracy": float(accuracy_score(real, answers)),
-    }
-
-
-# 1 % of the training windows of `direction`: about 21.
-EXPERIMENTS = {
-    "direction": Experiment(
-        metric="macro_f1",
-        baseline=("gradient boosting", boosted_statistics),
-        chance="majority_accuracy",
-        rehearsals={
-            "1 % NaN windows": Rehearsal(("+fault=nan_input", "fault.at=0", "fault.times=3", "fault.samples=7")),
-            "fp16 overflow": Rehearsal(
-                ("+fault=fp16_overflow", "fault.at=50", "fault.times=3", "precision=fp16", "accumulate=2"), naive=False
-            ),
-            "NaN loss": Rehearsal(("+fault=nan_loss", "fault.at=0", "fault.times=5")),
-        },
-    ),
-}
-
-
-def command(name: str, preset: str, seed: int, overrides: tuple[str, ...], folder: str) -> dict[str, Any]:
-    """Run the command in a process of its own, and return its summary with time and peak memory."""
+def command(name: str, preset: str, seed: int, overrides: tuple[str, ...], folder: str) -> Row:
+    """Run the command in a process of its own, and return what its summary, history and process tell."""
     words = [f"+experiment={name}", f"+preset={preset}", f"seed={seed}", "name=measured", "tracking=quiet", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    memory: list[float] = []
     start = time.perf_counter()
     with open(Path(folder) / "output.txt", "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "stabletrain", *words], cwd=folder, env=environment, stdout=output, stderr=output
         )
+        ended = threading.Event()
+        watch = threading.Thread(target=watched, args=(process.pid, memory, ended))
+        watch.start()
         _, status, usage = os.wait4(process.pid, 0)
+        ended.set()
+        watch.join()
         process.returncode = os.waitstatus_to_exitcode(status)
-    summary = Path(folder) / "runs" / "measured" / "summary.json"
-    if not summary.is_file():
+    run = Path(folder) / "runs" / "measured"
+    if not (run / "summary.json").is_file():
         raise RuntimeError(f"{' '.join(words)} left no summary:\n{(Path(folder) / 'output.txt').read_text()[-2000:]}")
-    told = json.loads(summary.read_text())
+    told = json.loads((run / "summary.json").read_text())
+    metric = f"val_{EXPERIMENTS[name].metrics[0]}"
+    with open(run / "history.csv", newline="") as file:
+        history = [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
+    steady = memory[len(memory) // 2 :] or [math.nan]
     return {
         "exit_code": process.returncode,
         "seconds": time.perf_counter() - start,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_mb": usage.ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10)),
-        **{key: told[key] for key in ("status", "steps", "updates", "rejected", "salvaged", "quarantined", "reasons")},
+        "memory_growth_mb": steady[-1] - steady[0],
+        "history": [round(value, 4) for value in history],
+        **{key: told[key] for key in ("status", "steps", "updates", "rejected", "salvaged", "quarantined", "finite")},
         "test": told["metrics"].get("test", {}),
         "precision_moves": len(told["precision_moves"]),
     }
+
+
+def watched(process: int, memory: list[float], ended: threading.Event) -> None:
+    """Note a process's resident memory, in MB, from time to time, where the system tells it."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    while not ended.wait(0.5):
+        try:
+            resident = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            return
+        if resident > 0:
+            memory.append(resident * page / (1 << 20))
+
+
+def of_the_trained(name: str, preset: str, seed: int, overrides: tuple[str, ...], folder: str) -> Row:
+    """Measure what a finished run's folder tells: further metrics of its model, and which samples were bad."""
+    from stabletrain.checkpoint.files import checkpoint_folders, read_manifest, read_state
+    from stabletrain.export import load_model
+
+    found: Row = {}
+    run = Path(folder) / "runs" / "measured"
+    newest = max(map(read_manifest, checkpoint_folders(run / "checkpoints")), key=lambda one: one.updates)
+    found["bad"] = read_state(newest)["fault"].get("indices", [])
+    measure = EXPERIMENTS[name].measure
+    if measure is not None:
+        built = parts_of(name, preset, seed, overrides, folder)
+        found["test"] = measure(load_model(run, model=built.model), splits_of(built))
+    return found
+
+
+def splits_of(run: Any) -> Any:
+    """Return the data's parts."""
+    return argparse.Namespace(
+        train=run.loader.dataset,
+        validation=run.validation.dataset if run.validation is not None else None,
+        test=run.test.dataset,
+    )
 
 
 def parts_of(name: str, preset: str, seed: int, overrides: tuple[str, ...], folder: str) -> Any:
@@ -149,6 +133,9 @@ def by_hand(name: str, preset: str, seed: int, overrides: tuple[str, ...], folde
     from stabletrain.randomness import key, keyed
 
     run = parts_of(name, preset, seed, overrides, folder)
+    experiment = EXPERIMENTS[name]
+    if experiment.naive is not None:
+        experiment.naive(run.model)
     run.model.train()
     number = skipped = updates = 0
     with keyed(key(seed, "by hand"), run.device):
@@ -177,36 +164,42 @@ def by_hand(name: str, preset: str, seed: int, overrides: tuple[str, ...], folde
                 run.optimizer.step()
                 updates += 1
     test = run.task.evaluate(run.model, run.test)
-    return {"status": "completed", "steps": number, "updates": updates, "skipped": skipped, "test": test}
+    if experiment.measure is not None:
+        test |= experiment.measure(run.model, splits_of(run))
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in run.model.state_dict().values())
+    return {
+        **{"status": "completed", "steps": number, "updates": updates, "skipped": skipped, "test": test},
+        "finite": {"parameters": finite},
+    }
 
 
-def measured(kind: str, name: str, preset: str, seed: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+def measured(kind: str, name: str, preset: str, seed: int, overrides: tuple[str, ...]) -> Row:
     """Measure one thing in a folder that is removed afterwards."""
     folder = tempfile.mkdtemp(prefix="experiments-")
     try:
-        if kind == "command":
-            return command(name, preset, seed, overrides, folder)
+        row = command(name, preset, seed, overrides, folder) if kind == "command" else {}
         # In a process of its own, too: these train in it.
         words = [sys.executable, __file__, "--one", json.dumps([kind, name, preset, seed, list(overrides), folder])]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{kind} of {name} failed:\n{done.stderr[-2000:]}")
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        told = json.loads(done.stdout.splitlines()[-1])
+        return {**row, **told, "test": {**row.get("test", {}), **told.get("test", {})}}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def one(kind: str, name: str, preset: str, seed: int, overrides: list[str], folder: str) -> dict[str, Any]:
+def one(kind: str, name: str, preset: str, seed: int, overrides: list[str], folder: str) -> Row:
     """Do in this process what `measured` asked another one for."""
     logging.disable(logging.WARNING)
+    given = (name, preset, seed, tuple(overrides), folder)
+    if kind == "command":
+        return of_the_trained(*given)
     if kind == "by hand":
-        return by_hand(name, preset, seed, tuple(overrides), folder)
-    run = parts_of(name, preset, seed, tuple(overrides), folder)
-    baseline = EXPERIMENTS[name].baseline
-    assert baseline is not None
-    splits = argparse.Namespace(train=run.loader.dataset, test=run.test.dataset)
+        return by_hand(*given)
+    splits = splits_of(parts_of(*given))
     start = time.perf_counter()
-    test = baseline[1](splits, seed)
+    test = EXPERIMENTS[name].baselines[kind](splits, seed)
     return {"status": "completed", "seconds": time.perf_counter() - start, "test": test}
 
 
@@ -214,8 +207,7 @@ def plan(name: str, presets: list[str], extra: tuple[str, ...]) -> dict[str, tup
     """Return what is to be measured: label -> (kind, preset, overrides)."""
     experiment = EXPERIMENTS[name]
     wanted: dict[str, tuple[str, str, tuple[str, ...]]] = {preset: ("command", preset, extra) for preset in presets}
-    if experiment.baseline is not None:
-        wanted[experiment.baseline[0]] = ("baseline", "stable", extra)
+    wanted |= {baseline: (baseline, "stable", extra) for baseline in experiment.baselines}
     wanted["by hand"] = ("by hand", "stable", extra)
     for label, rehearsal in experiment.rehearsals.items():
         wanted[f"stable, {label}"] = ("command", "stable", (*extra, *rehearsal.overrides))
@@ -225,38 +217,50 @@ def plan(name: str, presets: list[str], extra: tuple[str, ...]) -> dict[str, tup
 
 
 def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
-    """Return median and range."""
+    """Return median and range; just the number where there is one."""
     values = [scale * value for value in values]
-    if any(math.isnan(value) for value in values):
-        return "NaN"
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    bad = sum(math.isnan(value) for value in values)
+    if bad:
+        return "NaN" if bad == len(values) else f"NaN in {bad} of {len(values)}"
+    middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def table(name: str, found: dict[str, dict[str, Any]]) -> str:
+def over(rows: list[Row], key: str, digits: int = 0) -> str:
+    """Return median and range of a number of each run, nothing where it isn't known."""
+    return spread([row[key] for row in rows], digits=digits) if rows and all(key in row for row in rows) else ""
+
+
+def scored(rows: list[Row], metric: str) -> str:
+    """Return median and range of a test metric in per cent, nothing where it isn't known."""
+    return spread([row["test"][metric] for row in rows], 100) if all(metric in row["test"] for row in rows) else ""
+
+
+def named(row: Row) -> str:
+    """Return how many of the bad samples were named, and how many others."""
+    bad, told = set(row["bad"]), set(row["quarantined"])
+    others = f" and {len(told - bad)} others" if told - bad else ""
+    return f"{len(bad & told)} of {len(bad)}{others}" if bad or told else ""
+
+
+def table(name: str, found: Found) -> str:
     """Return a table in Markdown."""
     experiment = EXPERIMENTS[name]
-    lines = [
-        f"| run | {experiment.metric}, % | rejected | salvaged | culprits named | wall s | CPU s | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = [f"{metric.replace('_', ' ')}, %" for metric in experiment.metrics]
+    columns += ["rejected", "salvaged", "culprits named", "finite", "wall s", "CPU s", "peak MB"]
+    lines = ["| " + " | ".join(["run", *columns]) + " |", "| --- " * (len(columns) + 1) + "|"]
     for label, by_seed in found.items():
         rows = list(by_seed.values())
-        told = all("rejected" in row for row in rows)
-        cells = [
-            label,
-            spread([row["test"].get(experiment.metric, math.nan) for row in rows], 100),
-            spread([row["rejected"] for row in rows], digits=0)
-            if told
-            else spread([row["skipped"] for row in rows], digits=0) + " skipped"
-            if "skipped" in rows[0]
-            else "",
-            spread([row["salvaged"] for row in rows], digits=0) if told else "",
-            spread([len(row["quarantined"]) for row in rows], digits=0) if told else "",
-            spread([row["seconds"] for row in rows], digits=0) if "seconds" in rows[0] else "",
-            spread([row["cpu_seconds"] for row in rows], digits=0) if "cpu_seconds" in rows[0] else "",
-            spread([row["peak_mb"] for row in rows], digits=0) if "peak_mb" in rows[0] else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [scored(rows, metric) for metric in experiment.metrics]
+        skipped = over(rows, "skipped")
+        cells += [f"{skipped} skipped" if skipped else over(rows, "rejected"), over(rows, "salvaged")]
+        rehearsal = experiment.rehearsals.get(label.partition(", ")[2])
+        told = "quarantined" in rows[0] and (rehearsal is None or rehearsal.bad)
+        cells.append("; ".join(dict.fromkeys(named(row) for row in rows)) if told else "")
+        healthy = [all(row["finite"].values()) for row in rows if "finite" in row]
+        cells.append(("yes" if all(healthy) else f"no in {healthy.count(False)} of {len(healthy)}") if healthy else "")
+        cells += [over(rows, key) for key in ("seconds", "cpu_seconds", "peak_mb")]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
     if experiment.chance is not None:
         first = next(iter(found.values())).values()
         share = spread([row["test"].get(experiment.chance, math.nan) for row in first], 100)
@@ -264,14 +268,56 @@ def table(name: str, found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(name: str, found: dict[str, dict[str, Any]], file: Path) -> None:
+def course(found: Found) -> str:
+    """Return, for each preset, how the metric went on and whether memory did."""
+    lines = []
+    for label, by_seed in found.items():
+        rows = [row for row in by_seed.values() if row.get("history")]
+        if rows and "," not in label:
+            first = spread([row["history"][0] for row in rows], 100)
+            last = spread([statistics.median(row["history"][-max(1, len(row["history"]) // 4) :]) for row in rows], 100)
+            grown = spread([row["memory_growth_mb"] for row in rows], digits=0)
+            lines.append(
+                f"{label}: validation {first} % after the first epoch, {last} % in the last quarter; over the second "
+                f"half of the time memory grew by {grown} MB."
+            )
+    return "\n".join(lines)
+
+
+def summary(folder: Path) -> str:
+    """Return one table of all experiments, a line for each."""
+    columns = ["normal", "stable", "safe", "baselines", "by hand", "rehearsals under `stable`: by hand", "seconds, MB"]
+    lines = ["| experiment, metric | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for name, experiment in EXPERIMENTS.items():
+        file = folder / f"{name}.json"
+        if not file.is_file():
+            continue
+        found: Found = json.loads(file.read_text())
+        metric = experiment.metrics[0]
+
+        by_label = {label: list(by_seed.values()) for label, by_seed in found.items()}
+        told = {label: scored(rows, metric) for label, rows in by_label.items()}
+        cells = [told.get(label, "") for label in ("normal", "stable", "safe")]
+        cells.append("; ".join(f"{label} {told[label]}" for label in experiment.baselines if label in told))
+        cells.append(told.get("by hand", ""))
+        rehearsed = []
+        for label in experiment.rehearsals:
+            both = [told.get(f"{way}, {label}", "") for way in ("stable", "by hand")]
+            rehearsed.append(f"{label} {': '.join(filter(None, both))}")
+        cells.append("; ".join(rehearsed))
+        cells.append(", ".join(over(by_label.get("stable", []), key) for key in ("seconds", "peak_mb")))
+        lines.append("| " + " | ".join([f"[`{name}`]({name}.md), {metric.replace('_', ' ')}, %", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def plot(name: str, found: Found, file: Path) -> None:
     """Draw every run's metric as a dot and the medians as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    metric = EXPERIMENTS[name].metric
+    metric = EXPERIMENTS[name].metrics[0]
     figure, axes = pyplot.subplots(figsize=(7.5, 0.8 + 0.36 * len(found)), layout="constrained")
     for place, by_seed in enumerate(found.values()):
         values = [row["test"].get(metric, math.nan) for row in by_seed.values()]
@@ -279,9 +325,11 @@ def plot(name: str, found: dict[str, dict[str, Any]], file: Path) -> None:
         if known:
             axes.barh(place, statistics.median(known), color="#9ecae1", height=0.7)
             axes.plot(known, [place] * len(known), "o", color="#08519c", markersize=4)
+        if len(known) < len(values):
+            axes.text(1, place, f"NaN in {len(values) - len(known)} of {len(values)}", color="#a50f15", va="center")
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
-    axes.set_xlabel(f"{metric} on the test part, % (bar: median, dot: a seed)")
+    axes.set_xlabel(f"{metric.replace('_', ' ')} on the test part, % (bar: median, dot: a seed)")
     axes.set_xlim(0, 100)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
@@ -299,38 +347,38 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="labels to measure; by default all")
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--summary", action="store_true", help="print one table of what was measured of all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
         print(json.dumps(one(*json.loads(arguments.one))))
+        return
+    if arguments.summary:
+        print(summary(arguments.out))
         return
     if arguments.experiment is None:
         parser.error(f"which experiment? {', '.join(sorted(EXPERIMENTS))}")
     name = arguments.experiment
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / f"{name}.json"
-    known = json.loads(file.read_text()) if file.is_file() and not arguments.again else {}
+    known: Found = json.loads(file.read_text()) if file.is_file() else {}
     wanted = plan(name, arguments.presets, tuple(arguments.set))
-    found: dict[str, dict[str, Any]] = {
-        label: known.get(label, {}) for label in wanted if arguments.only is None or label in arguments.only
-    }
+    chosen = [label for label in wanted if arguments.only is None or label in arguments.only]
 
     def measure(job: tuple[int, str]) -> None:
         seed, label = job
         kind, preset, overrides = wanted[label]
-        found[label][str(seed)] = measured(kind, name, preset, seed, overrides)
-        row = found[label][str(seed)]
+        row = measured(kind, name, preset, seed, overrides)
+        known.setdefault(label, {})[str(seed)] = row
         print(f"{label}, seed {seed}: {row['status']}, {row['test']}", flush=True)
-        file.write_text(
-            json.dumps({**known, **{label: rows for label, rows in found.items() if rows}}, indent=1) + "\n"
-        )
+        file.write_text(json.dumps(known, indent=1) + "\n")
 
-    jobs = [(seed, label) for seed in arguments.seeds for label in found if str(seed) not in found[label]]
+    again = arguments.again
+    jobs = [(s, label) for s in arguments.seeds for label in chosen if again or str(s) not in known.get(label, {})]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(measure, jobs))
-    shown = {label: {**known, **found}.get(label, {}) for label in wanted}
-    shown = {label: rows for label, rows in shown.items() if rows}
-    print(table(name, shown))
+    shown = {label: dict(sorted(known[label].items())) for label in wanted if label in known}
+    print(table(name, shown), course(shown), sep="\n\n")
     plot(name, shown, arguments.out / f"{name}.png")
 
 

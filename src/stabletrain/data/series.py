@@ -19,7 +19,7 @@ from stabletrain.randomness import key
 
 def regimes(
     *,
-    rows: int = 24000,
+    rows: int = 60000,
     in_features: int = 110,
     sequence: int = 60,
     stride: int = 8,
@@ -28,8 +28,8 @@ def regimes(
     speed: float = 0.3,
     drift: float = 0.8,
     noise: float = 1.5,
-    validation: float = 0.15,
-    test: float = 0.15,
+    validation: float = 0.1,
+    test: float = 0.5,
     gap: int | None = None,
     seed: int = 0,
 ) -> Splits:
