@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -269,3 +270,22 @@ def run_training(training: Training) -> dict[str, Any]:
         "ledger": run.guard.ledger.state_dict(),
         "moves": run.ladder.plan.moves if run.ladder is not None else [],
     }
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run that a command line describes."""
+
+    words: tuple[str, ...]
+
+
+def run_experiment(experiment: Experiment) -> dict[str, Any]:
+    """Train as the command would, and return what is left and what was said."""
+    from composed import checked
+    from stabletrain.build import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = build(checked(*experiment.words), folder)
+        summary = run_trainer(run)
+    told = {name: getattr(summary, name) for name in ("status", "updates", "rejected", "salvaged", "metrics")}
+    return {**told, "quarantined": sorted(run.quarantine.found), "model": dict(run.model.state_dict())}

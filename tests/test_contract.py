@@ -34,7 +34,7 @@ PLACES = own(
     "places", "task=segmentation", "model._target_=composed.Pixels", "model.in_features=1", "model.num_classes=2"
 )
 VIEWS = own("views", "task=supervised", "model._target_=composed.EachStep", "model.num_classes=4")
-REGIMES = ("data.rows=500", "data.in_features=5", "data.sequence=20", "batch_size=13")
+REGIMES = ("data.rows=880", "data.in_features=5", "data.sequence=20", "batch_size=13")
 
 # What an option needs besides itself.
 NEEDS: dict[tuple[str, str], Sequence[str]] = {

@@ -19,7 +19,7 @@ SMALL = {
     "sequences": ["data.samples=300"],
     "bags": ["data.bags=200"],
     "text": ["data.samples=200"],
-    "direction": ["data.rows=900", "batch_size=32", "data.in_features=10", "data.sequence=20"],
+    "direction": ["data.rows=3000", "batch_size=32", "data.in_features=10", "data.sequence=20"],
 }
 
 
