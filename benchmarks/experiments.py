@@ -5,8 +5,9 @@
 
 Each run is `python -m stabletrain +experiment=<name> +preset=<preset>` in a process of its own, whose time and peak
 memory are the operating system's. Rehearsals, and the loop written by hand, take the preset `stable`. What was measured
-goes to docs/experiments/<name>.json, the plot to docs/experiments/<name>.png, the table to the console. What was
-measured before under the same words isn't measured again (--again: it is). `--summary` prints one table of all.
+goes to docs/experiments/<name>.json, the plot to docs/experiments/<name>.png, the table into the page
+docs/experiments/<name>.md. What was measured before under the same words isn't measured again (--again: it is).
+`--summary` writes one table of all into docs/experiments/README.md.
 
 Another experiment adds a line to EXPERIMENTS in experiment_rows.py.
 """
@@ -278,7 +279,7 @@ def course(found: Found) -> str:
             last = spread([statistics.median(row["history"][-max(1, len(row["history"]) // 4) :]) for row in rows], 100)
             grown = spread([row["memory_growth_mb"] for row in rows], digits=0)
             lines.append(
-                f"{label}: validation {first} % after the first epoch, {last} % in the last quarter; over the second "
+                f"- `{label}`: validation {first} % after the first epoch, {last} % in the last quarter; in the second "
                 f"half of the time memory grew by {grown} MB."
             )
     return "\n".join(lines)
@@ -308,6 +309,15 @@ def summary(folder: Path) -> str:
         cells.append(", ".join(over(by_label.get("stable", []), key) for key in ("seconds", "peak_mb")))
         lines.append("| " + " | ".join([f"[`{name}`]({name}.md), {metric.replace('_', ' ')}, %", *cells]) + " |")
     return "\n".join(lines)
+
+
+def put(page: Path, text: str) -> None:
+    """Write what was measured into a page, between the two marks for it."""
+    before, begin, rest = page.read_text().partition("<!-- measured -->\n")
+    _, end, after = rest.partition("<!-- end of measured -->\n")
+    if not begin or not end:
+        raise RuntimeError(f"{page} has no place for what was measured: <!-- measured -->, <!-- end of measured -->")
+    page.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
 
 
 def plot(name: str, found: Found, file: Path) -> None:
@@ -347,14 +357,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="labels to measure; by default all")
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--summary", action="store_true", help="print one table of what was measured of all")
+    parser.add_argument("--summary", action="store_true", help="write one table of what was measured of all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
         print(json.dumps(one(*json.loads(arguments.one))))
         return
     if arguments.summary:
-        print(summary(arguments.out))
+        put(RESULTS / "README.md", summary(arguments.out))
         return
     if arguments.experiment is None:
         parser.error(f"which experiment? {', '.join(sorted(EXPERIMENTS))}")
@@ -378,7 +388,10 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(measure, jobs))
     shown = {label: dict(sorted(known[label].items())) for label in wanted if label in known}
-    print(table(name, shown), course(shown), sep="\n\n")
+    text = f"{table(name, shown)}\n\n{course(shown)}"
+    print(text)
+    if arguments.out == RESULTS:
+        put(RESULTS / f"{name}.md", text)
     plot(name, shown, arguments.out / f"{name}.png")
 
 
