@@ -134,6 +134,7 @@ EXPERIMENTS = {
         chance="majority_accuracy",
         rehearsals={
             "1 % NaN windows": Rehearsal(("+fault=nan_input", *BAD_WINDOWS), bad=True),
+            "fp16 without a fault": Rehearsal(("precision=fp16", "accumulate=2"), naive=False),
             "fp16 overflow": Rehearsal(
                 ("+fault=fp16_overflow", "fault.at=50", "fault.times=3", "precision=fp16", "accumulate=2"), naive=False
             ),
