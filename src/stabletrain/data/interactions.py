@@ -118,8 +118,9 @@ class Interactions(Dataset[dict[str, torch.Tensor]]):
         if isinstance(negatives, bool) or not isinstance(negatives, int) or negatives < 1:
             raise ConfigurationError(f"negatives is {negatives!r}; a whole number from 1 is allowed.")
         self.users, self.items, self.weights, self.negatives = users, items, weights, negatives
-        self.seen, compact = items.unique(return_inverse=True)
-        self._chosen = Lists.of(users, compact, int(users.max()) + 1)
+        seen, compact = np.unique(items.numpy(), return_inverse=True)
+        self.seen = torch.from_numpy(seen)
+        self._chosen = Lists.of(users, torch.from_numpy(compact), int(users.max()) + 1)
         self._others = len(self.seen) - self._chosen.lengths()
         if bool((self._others <= 0).any()):
             user = int((self._others <= 0).nonzero()[0])

@@ -37,8 +37,8 @@ def tastes(
     + popularity * z), where z is a normal number of the item's own. How many, is a Poisson number around `choices`.
 
     The features of an item are two views of its factors, neither of which tells all: the visual ones are tanh of
-    mixtures of the first 5/8 of the factors, the textual ones mixtures of the last 5/8, both with normal noise, in units
-    that differ by orders of magnitude. Nothing tells an item's popularity. New items are never chosen in training.
+    mixtures of the first 5/8 of the factors, the textual ones mixtures of the last 5/8, both with normal noise, in
+    units that differ by orders of magnitude. Nothing tells an item's popularity. New items are never chosen in training.
 
     Args:
         users: number of users.
