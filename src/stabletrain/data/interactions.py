@@ -257,8 +257,10 @@ def divided(
         wanted = np.maximum(np.floor(share * count + 0.5), 1) if share > 0 else np.zeros(len(own))
         return np.where(count >= 3, wanted, 0).astype(np.int64)
 
-    wanted_test = held(test)
-    wanted_validation = np.minimum(held(validation), np.maximum(count - wanted_test - 1, 0))
+    for_validation = held(validation)
+    # One is left for each other part.
+    wanted_test = np.minimum(held(test), np.maximum(count - 1 - (for_validation > 0), 0))
+    wanted_validation = np.minimum(for_validation, np.maximum(count - 1 - wanted_test, 0))
     from_end = np.repeat(count, count) - 1 - place
     last, before = np.repeat(wanted_test, count), np.repeat(wanted_test + wanted_validation, count)
     parts[order] = np.where(from_end < last, TEST, np.where(from_end < before, VALIDATION, TRAINING))

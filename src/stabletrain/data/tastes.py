@@ -38,7 +38,7 @@ def tastes(
 
     The features of an item are two views of its factors, neither of which tells all: the visual ones are tanh of
     mixtures of the first 5/8 of the factors, the textual ones mixtures of the last 5/8, both with normal noise, in
-    units that differ by orders of magnitude. Nothing tells an item's popularity. New items are never chosen in training.
+    units that differ by orders of magnitude. Nothing tells an item's popularity. New items never train.
 
     Args:
         users: number of users.

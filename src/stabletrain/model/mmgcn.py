@@ -44,6 +44,7 @@ class MMGCN(nn.Module):
         layers: how many times messages are sent.
         combination: `concatenate` or `add`.
         slope: of the LeakyReLU below 0.
+        dropout: share of the values of a message that are set to 0, in training, from 0 to below 1.
         unknown: share of the items that are treated as if nobody had chosen them, in training, from 0 to below 1.
 
     Raises:
@@ -74,6 +75,7 @@ class MMGCN(nn.Module):
         layers: int = 2,
         combination: str = "concatenate",
         slope: float = 0.01,
+        dropout: float = 0.2,
         unknown: float = 0.2,
     ) -> None:
         super().__init__()
@@ -85,8 +87,9 @@ class MMGCN(nn.Module):
             raise ConfigurationError(f"model.combination is {combination!r}; allowed: {', '.join(COMBINATIONS)}.")
         if isinstance(slope, bool) or not 0 <= slope <= 1:
             raise ConfigurationError(f"model.slope is {slope!r}; a number from 0 to 1 is allowed.")
-        if isinstance(unknown, bool) or not 0 <= unknown < 1:
-            raise ConfigurationError(f"model.unknown is {unknown!r}; a number from 0 to below 1 is allowed.")
+        for name, share in (("dropout", dropout), ("unknown", unknown)):
+            if isinstance(share, bool) or not 0 <= share < 1:
+                raise ConfigurationError(f"model.{name} is {share!r}; a number from 0 to below 1 is allowed.")
         if not features:
             raise ConfigurationError("model.features is empty; at least one modality is needed.")
         self.users, self.items, self.unknown = users, items, unknown
@@ -96,7 +99,7 @@ class MMGCN(nn.Module):
         self.modalities = nn.ModuleDict()
         for name, size in features.items():
             self.register_parameter(f"features_{name}", nn.Parameter(torch.zeros(items, size), requires_grad=False))
-            self.modalities[name] = Modality(users, size, dimension, layers, combination, slope)
+            self.modalities[name] = Modality(users, size, dimension, layers, combination, slope, dropout)
         nn.init.xavier_uniform_(self.identity.weight)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -142,11 +145,15 @@ class Modality(nn.Module):
         layers: how many times messages are sent.
         combination: `concatenate` or `add`.
         slope: of the LeakyReLU below 0.
+        dropout: share of the values of a message that are set to 0, in training.
     """
 
-    def __init__(self, users: int, features: int, dimension: int, layers: int, combination: str, slope: float) -> None:
+    def __init__(
+        self, users: int, features: int, dimension: int, layers: int, combination: str, slope: float, dropout: float
+    ) -> None:
         super().__init__()
         self.slope = slope
+        self.dropout = nn.Dropout(dropout)
         self.concatenate = combination == "concatenate"
         self.preference = nn.Embedding(users, dimension)
         self.projection = nn.Linear(features, dimension)
@@ -181,7 +188,7 @@ class Modality(nn.Module):
         nodes = F.normalize(torch.cat([_wide(self.preference.weight), _wide(projected)]))
         for message, own, combined in zip(self.message, self.own, self.combined, strict=True):
             sent = neighbours_mean(message(nodes), neighbours, starts).masked_fill(alone, 0.0)
-            sent = F.leaky_relu(sent, self.slope)
+            sent = self.dropout(F.leaky_relu(sent, self.slope))
             kept = F.leaky_relu(own(nodes), self.slope) + identity
             mixed = combined(torch.cat([sent, _wide(kept)], 1)) if self.concatenate else combined(sent) + kept
             nodes = F.leaky_relu(mixed, self.slope)

@@ -82,7 +82,7 @@ class Recommendation(AdditiveTask):
         """Return each user's mean loss over the held-out items, [B]."""
         others = without(without(scores, known), held_out)
         number = (others != -torch.inf).sum(1)
-        wider = others.shape[1] / number.clamp_min(1)  # the loss's mean is over all columns
+        wider = others.shape[1] / number.clamp_min(1).double()  # the loss's mean is over all columns
         total = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
         for column in held_out.unbind(1):
             chosen = scores.gather(1, column.clamp_min(0).unsqueeze(1)).squeeze(1)
