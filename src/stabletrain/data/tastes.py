@@ -34,7 +34,8 @@ def tastes(
 
     Users and items have hidden factors: vectors of unit length around one of `factors` directions of taste. A user
     chooses items without repetition, each with a probability in proportion to exp(taste * <user, item> * sqrt(factors)
-    + popularity * z), where z is a normal number of the item's own. How many, is a Poisson number around `choices`.
+    + popularity * z), where z is a normal number of the item's own. How many, is a Poisson number around `choices`. A
+    choice's weight lies between 0 and 2 and is larger the better the item suits the user.
 
     The features of an item are two views of its factors, neither of which tells all: the visual ones are tanh of
     mixtures of the first 5/8 of the factors, the textual ones mixtures of the last 5/8, both with normal noise, in
@@ -92,6 +93,8 @@ def tastes(
     sizes = np.clip(random.poisson(choices, size=users), 3, items // 2)
     user = np.repeat(np.arange(users), sizes)
     item = np.concatenate([row[:size] for row, size in zip(order, sizes, strict=True)])
+    suits = of_users[user] * of_items[item]
+    weights = 2 / (1 + np.exp(-math.sqrt(factors) * (suits.sum(1) - suits.sum(1).mean())))
     new = random.permutation(items)[: round(new_items * items)]
     parts = divided(user, item, validation=validation, test=test, seed=seed, cold_items=new)
     told = max(1, round(factors * 5 / 8))
@@ -107,6 +110,7 @@ def tastes(
         parts,
         user_count=users,
         features=features,
+        weights=weights,
         negatives=negatives,
         cold=cold,
         name="tastes",
