@@ -52,9 +52,9 @@ class MMGCN(nn.Module):
 
     References:
         Y. Wei et al.: MMGCN: Multi-modal Graph Convolution Network for Personalized Recommendation of Micro-video, ACM
-        Multimedia 2019, equations 1 to 8. X. Glorot, Y. Bengio: Understanding the difficulty of training deep
-        feedforward neural networks, 2010. M. Volkovs, G. Yu, T. Poutanen: DropoutNet: Addressing Cold Start in
-        Recommender Systems, 2017 (unknown items).
+        Multimedia 2019 (which has no unknown items). M. Volkovs, G. Yu, T. Poutanen: DropoutNet: Addressing Cold Start
+        in Recommender Systems, 2017 (unknown items). X. Glorot, Y. Bengio: Understanding the difficulty of training
+        deep feedforward neural networks, 2010.
 
     Example:
         >>> model = MMGCN(users=3, items=5, edges=4, features={"visual": 6, "text": 2}, dimension=8)
