@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-Numbers = dict[str, float]
+from experiment_baselines import (
+    Numbers,
+    boosted_statistics,
+    factorised,
+    found_by_attention,
+    plain_softmax,
+    pooled_regression,
+    popularity,
+)
 
 
 @dataclass(frozen=True)
@@ -46,84 +53,7 @@ class Experiment:
     rehearsals: dict[str, Rehearsal] = field(default_factory=dict)
 
 
-def boosted_statistics(splits: Any, seed: int) -> Numbers:
-    """Gradient boosting on mean, deviation, last value and slope of each column in a window."""
-    import torch
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
-
-    def table(part: Any) -> tuple[Any, Any]:
-        windows, targets = part.gather(torch.arange(len(part)))
-        time_axis = torch.linspace(-1, 1, windows.shape[1]).view(1, -1, 1)
-        columns = [windows.mean(1), windows.std(1), windows[:, -1], (windows * time_axis).mean(1)]
-        return torch.cat(columns, 1).numpy(), targets.numpy()
-
-    model = HistGradientBoostingClassifier(max_iter=100, class_weight="balanced", random_state=seed)
-    model.fit(*table(splits.train))
-    features, real = table(splits.test)
-    answers = model.predict(features)
-    return {
-        "macro_f1": float(f1_score(real, answers, average="macro")),
-        "balanced_accuracy": float(balanced_accuracy_score(real, answers)),
-        "accuracy": float(accuracy_score(real, answers)),
-    }
-
-
-def pooled_regression(pooling: str) -> Callable[[Any, int], Numbers]:
-    """Logistic regression on each bag's mean or largest features."""
-
-    def fitted(splits: Any, seed: int) -> Numbers:
-        import numpy as np
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import roc_auc_score
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        parts = (splits.train, splits.test)
-        pooled = [np.stack([getattr(bag.numpy(), pooling)(0) for bag in part.inputs]) for part in parts]
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000, random_state=seed))
-        model.fit(pooled[0], splits.train.targets)
-        return {
-            "auc": float(roc_auc_score(splits.test.targets, model.decision_function(pooled[1]))),
-            "accuracy": float(model.score(pooled[1], splits.test.targets)),
-        }
-
-    return fitted
-
-
-def found_by_attention(model: Any, splits: Any) -> Numbers:
-    """How often the most attended instance of a bag with the digit is the digit, and how often any instance is."""
-    import torch
-
-    part = splits.test
-    with torch.no_grad():
-        weights = model.eval().attention(part.inputs)
-    positive = [place for place, target in enumerate(part.targets.tolist()) if target == 1]
-    is_digit = [part.digits[place] == 9 for place in positive]
-    found = [bool(digit[int(weights[place].argmax())]) for place, digit in zip(positive, is_digit, strict=True)]
-    return {
-        "finds_the_digit": sum(found) / len(found),
-        "by_chance": statistics.mean(float(digit.float().mean()) for digit in is_digit),
-    }
-
-
-def plain_softmax(model: Any) -> Any:
-    """Attention with the softmax as its formula says it, which knows no empty bag and no large score."""
-    import torch
-
-    class Naive(type(model)):  # type: ignore[misc]
-        def forward(self, bags: Any) -> torch.Tensor:
-            mean = []
-            for encoded in self.encoder(torch.cat(list(bags))).split([len(bag) for bag in bags]):
-                scores = self.score(torch.tanh(self.content(encoded)) * torch.sigmoid(self.gate(encoded)))
-                mean.append((scores.exp() * encoded).sum(0) / scores.exp().sum())
-            return self.classifier(self.dropout(torch.stack(mean)))
-
-    model.__class__ = Naive
-    return model
-
-
-# 1 % of the 2,984 training windows of `direction`, and of the 700 training bags of `bags`.
+# 1 % of the training samples: 2,993 windows of `direction`, 700 bags of `bags`.
 BAD_WINDOWS = ("fault.at=0", "fault.times=3", "fault.samples=10")
 BAD_BAGS = ("fault.at=10", "fault.times=2", "fault.samples=4")
 
@@ -167,6 +97,26 @@ EXPERIMENTS = {
                 ),
                 naive=False,
             ),
+        },
+    ),
+    "recommendation": Experiment(
+        metrics=("recall_at_20", "ndcg_at_20", "cold_recall_at_20"),
+        baselines={"popularity": popularity, "matrix factorisation": factorised},
+        rehearsals={
+            "1 % NaN interactions": Rehearsal(
+                ("+fault=nan_input", "fault.at=0", "fault.times=3", "fault.samples=38"), bad=True
+            ),
+            "exploding messages in fp16": Rehearsal(
+                (
+                    *("+fault=large_output", "fault.at=50", "fault.times=3", "precision=fp16"),
+                    "fault.module=modalities.visual.combined.1",
+                ),
+                naive=False,
+            ),
+            "fp16 overflow": Rehearsal(
+                ("+fault=fp16_overflow", "fault.at=50", "fault.times=3", "precision=fp16"), naive=False
+            ),
+            "NaN loss": Rehearsal(("+fault=nan_loss", "fault.at=0", "fault.times=5")),
         },
     ),
 }

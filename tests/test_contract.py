@@ -35,6 +35,8 @@ PLACES = own(
 )
 VIEWS = own("views", "task=supervised", "model._target_=composed.EachStep", "model.num_classes=4")
 REGIMES = ("data.rows=880", "data.in_features=5", "data.sequence=20", "batch_size=13")
+TASTES = ("data.users=20", "data.items=30", "data.choices=6")
+GRAPH = ("task=recommendation", "loss=bpr", "model.dimension=8")
 
 # What an option needs besides itself.
 NEEDS: dict[tuple[str, str], Sequence[str]] = {
@@ -69,6 +71,14 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ),
     ("experiment", "direction"): (*REGIMES, "augmentation=none"),
     ("experiment", "digits"): ("batch_size=419",),
+    ("model", "mmgcn"): ("data=tastes", *TASTES, *GRAPH, "batch_size=24"),
+    ("data", "tastes"): ("model=mmgcn", *TASTES, *GRAPH, "batch_size=24"),
+    ("task", "recommendation"): ("data=tastes", "model=mmgcn", *TASTES, *GRAPH, "batch_size=24"),
+    ("data", "interactions"): (
+        *("data.path=chosen.inter", "+data.features.visual=looks.npy", "data.timestamp=timestamp"),
+        *("model=mmgcn", *GRAPH, "batch_size=12"),
+    ),
+    ("experiment", "recommendation"): (*TASTES, "model.dimension=8", "batch_size=24"),
     ("loss", "bce"): BINARY,
     ("loss", "binary_focal"): BINARY,
     ("loss", "dice"): PLACES,
@@ -113,6 +123,10 @@ def write_tables() -> None:
         file.write("\n".join([",".join([*names, "kind"]), *rows]) + "\n")
     with open("bags.csv", "w") as file:
         file.write("\n".join([",".join([*names, "kind", "bag"]), *(f"{row},{n}" for n, row in enumerate(rows))]) + "\n")
+    np.save("looks.npy", features[: ROWS // 4])
+    with open("chosen.inter", "w") as file:
+        file.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        file.writelines(f"{n % 12}\t{n % (ROWS // 4)}\t{n}\n" for n in range(ROWS))
     import pyarrow
     from pyarrow import parquet
 

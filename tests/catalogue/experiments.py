@@ -20,6 +20,7 @@ SMALL = {
     "bags": ["data.bags=200"],
     "text": ["data.samples=200"],
     "direction": ["data.rows=3000", "batch_size=32", "data.in_features=10", "data.sequence=20"],
+    "recommendation": ["data.users=100", "data.items=80", "batch_size=128"],
 }
 
 

@@ -7,16 +7,21 @@ from stabletrain.data.auto import with_facts
 from stabletrain.data.bags import DigitBags, digit_bags, from_bag_table
 from stabletrain.data.builtin import breast_cancer, digits, sequences
 from stabletrain.data.files import from_csv, from_npz, from_parquet
+from stabletrain.data.interaction_table import from_interaction_table
+from stabletrain.data.interactions import HeldOut, Interactions, interaction_splits
 from stabletrain.data.loader import Loader, OrderedLoader, collate
 from stabletrain.data.series import regimes, windows_of_file
 from stabletrain.data.splits import Splits, split_dataset, split_indices
 from stabletrain.data.table import Table
+from stabletrain.data.tastes import tastes
 from stabletrain.data.text import text
 from stabletrain.data.windows import Series, Windows
 
 __all__ = [
     "ArrayDataset",
     "DigitBags",
+    "HeldOut",
+    "Interactions",
     "Loader",
     "Microbatch",
     "OrderedLoader",
@@ -32,12 +37,15 @@ __all__ = [
     "digits",
     "from_bag_table",
     "from_csv",
+    "from_interaction_table",
     "from_npz",
     "from_parquet",
+    "interaction_splits",
     "regimes",
     "sequences",
     "split_dataset",
     "split_indices",
+    "tastes",
     "text",
     "windows_of_file",
     "with_facts",

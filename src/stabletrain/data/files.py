@@ -340,7 +340,7 @@ def read_columns(
     Raises:
         ConfigurationError: for a file that can't be read.
     """
-    kind = {".csv": "CSV", ".tsv": "CSV", ".txt": "CSV", ".parquet": "Parquet", ".pq": "Parquet"}.get(
+    kind = {".csv": "CSV", ".tsv": "CSV", ".txt": "CSV", ".inter": "CSV", ".parquet": "Parquet", ".pq": "Parquet"}.get(
         Path(path).suffix.lower()
     )
     if kind is None:

@@ -25,7 +25,7 @@ class BPR(Loss):
         tensor([6.9315e-01, 2.0000e+04])
     """
 
-    tasks = ("supervised",)
+    tasks = ("recommendation", "supervised")
 
     def forward(self, outputs: Any, targets: Any = None) -> Values:
         """Return the loss of each sample, and no weights."""

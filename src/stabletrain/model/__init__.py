@@ -6,12 +6,14 @@ from stabletrain.model.bags import BagClassifier
 from stabletrain.model.convnet import ConvNet
 from stabletrain.model.direction import DirectionClassifier
 from stabletrain.model.mlp import MLP
+from stabletrain.model.mmgcn import MMGCN
 from stabletrain.model.pooling import AttentionPooling
 from stabletrain.model.recurrent import RecurrentClassifier
 from stabletrain.model.transformer import Transformer
 
 __all__ = [
     "MLP",
+    "MMGCN",
     "AttentionPooling",
     "BagClassifier",
     "ConvNet",

@@ -6,6 +6,8 @@ from stabletrain.task.binary import Binary
 from stabletrain.task.classification import Classification
 from stabletrain.task.next_token import NextToken
 from stabletrain.task.ranking import RankedClassification
+from stabletrain.task.ranks import Ranks
+from stabletrain.task.recommendation import Recommendation
 from stabletrain.task.regression import Regression
 from stabletrain.task.segmentation import Segmentation
 from stabletrain.task.supervised import Supervised
@@ -18,6 +20,8 @@ __all__ = [
     "NextToken",
     "Output",
     "RankedClassification",
+    "Ranks",
+    "Recommendation",
     "Regression",
     "Segmentation",
     "Supervised",
