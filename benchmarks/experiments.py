@@ -86,6 +86,21 @@ def boosted_statistics(splits: Any, seed: int) -> dict[str, float]:
     }
 
 
+def k_means(splits: Any, seed: int) -> dict[str, float]:
+    """The same embeddings, k-means fitted to the training part's, with as many clusters as there are classes."""
+    import torch
+    from sklearn.cluster import KMeans
+
+    from stabletrain.task import agreement
+
+    train, test = splits.train.embeddings.numpy(), splits.test.embeddings.numpy()
+    labels = splits.test.targets
+    classes = int(splits.train.targets.max()) + 1
+    found = KMeans(classes, n_init=10, random_state=seed).fit(train).predict(test)
+    places = torch.from_numpy(found).long() * classes + labels
+    return agreement(torch.bincount(places, minlength=classes**2).view(classes, classes))
+
+
 # 1 % of the training windows of `direction`: about 21.
 EXPERIMENTS = {
     "direction": Experiment(
@@ -98,6 +113,22 @@ EXPERIMENTS = {
                 ("+fault=fp16_overflow", "fault.at=50", "fault.times=3", "precision=fp16", "accumulate=2"), naive=False
             ),
             "NaN loss": Rehearsal(("+fault=nan_loss", "fault.at=0", "fault.times=5")),
+        },
+    ),
+    # 1 % of the 1,257 training samples: 13 of them named, and a head that goes bad in three ways.
+    "clustering": Experiment(
+        metric="nmi",
+        baseline=("k-means", k_means),
+        rehearsals={
+            "1 % NaN samples": Rehearsal(("+fault=nan_input", "fault.at=0", "fault.samples=13")),
+            "NaN weight in a head": Rehearsal(("+fault=nan_weight", "fault.at=300")),
+            "a head's logits too large": Rehearsal(
+                ("+fault=large_output", "fault.at=300", "fault.times=100", "fault.module=heads.3"), naive=False
+            ),
+            "a head's logits overflow in fp16": Rehearsal(
+                ("+fault=large_output", "fault.at=300", "fault.times=100", "fault.module=heads.3", "precision=fp16"),
+                naive=False,
+            ),
         },
     ),
 }

@@ -34,6 +34,8 @@ PLACES = own(
     "places", "task=segmentation", "model._target_=composed.Pixels", "model.in_features=1", "model.num_classes=2"
 )
 VIEWS = own("views", "task=supervised", "model._target_=composed.EachStep", "model.num_classes=4")
+FEW_EMBEDDINGS = ("data.neighbours=5", "batch_size=419", "model.heads=2")
+CLUSTERING = ("data=digit_embeddings", "model=clustering", "loss=temi_heads", "task=clustering", *FEW_EMBEDDINGS)
 REGIMES = ("data.rows=500", "data.in_features=5", "data.sequence=20", "batch_size=13")
 
 # What an option needs besides itself.
@@ -68,6 +70,15 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
         *("data.sequence=4", "batch_size=12"),
     ),
     ("experiment", "direction"): (*REGIMES, "augmentation=none"),
+    ("model", "clustering"): CLUSTERING[:1] + CLUSTERING[2:],
+    ("data", "digit_embeddings"): CLUSTERING[1:],
+    ("data", "embeddings"): (
+        *("data.path=table.npz", "data.x=x", "data.y=kind", *CLUSTERING[1:4]),
+        *("data.neighbours=5", "batch_size=14", "data.clusters=2"),
+    ),
+    ("loss", "temi_heads"): CLUSTERING[:2] + CLUSTERING[3:],
+    ("task", "clustering"): CLUSTERING[:3] + CLUSTERING[4:],
+    ("experiment", "clustering"): FEW_EMBEDDINGS,
     ("experiment", "digits"): ("batch_size=419",),
     ("loss", "bce"): BINARY,
     ("loss", "binary_focal"): BINARY,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from stabletrain.model.bags import BagClassifier
+from stabletrain.model.clustering import ClusterHeads
 from stabletrain.model.convnet import ConvNet
 from stabletrain.model.direction import DirectionClassifier
 from stabletrain.model.mlp import MLP
 from stabletrain.model.pooling import AttentionPooling
 from stabletrain.model.recurrent import RecurrentClassifier
+from stabletrain.model.teacher import EMATeacher
 from stabletrain.model.transformer import Transformer
 
 __all__ = [
     "MLP",
     "AttentionPooling",
     "BagClassifier",
+    "ClusterHeads",
     "ConvNet",
     "DirectionClassifier",
+    "EMATeacher",
     "RecurrentClassifier",
     "Transformer",
 ]
