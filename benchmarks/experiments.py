@@ -101,6 +101,8 @@ def k_means(splits: Any, seed: int) -> dict[str, float]:
     return agreement(torch.bincount(places, minlength=classes**2).view(classes, classes))
 
 
+ONE_HEAD = ("+fault=large_output", "fault.at=300", "fault.times=100", "fault.module=student.heads.3")
+
 # 1 % of the training windows of `direction`: about 21.
 EXPERIMENTS = {
     "direction": Experiment(
@@ -115,18 +117,24 @@ EXPERIMENTS = {
             "NaN loss": Rehearsal(("+fault=nan_loss", "fault.at=0", "fault.times=5")),
         },
     ),
-    # 1 % of the 1,257 training samples: 13 of them named, and a head that goes bad in three ways.
+    # 1 % of the 1,259 training samples: 13 of them named, and a head that goes bad in three ways.
     "clustering": Experiment(
         metric="nmi",
         baseline=("k-means", k_means),
         rehearsals={
             "1 % NaN samples": Rehearsal(("+fault=nan_input", "fault.at=0", "fault.samples=13")),
-            "NaN weight in a head": Rehearsal(("+fault=nan_weight", "fault.at=300")),
+            "NaN weight in a head": Rehearsal(("+fault=nan_weight", "fault.at=300"), naive=False),
             "a head's logits too large": Rehearsal(
-                ("+fault=large_output", "fault.at=300", "fault.times=100", "fault.module=heads.3"), naive=False
+                ("+fault=large_output", "fault.at=300", "fault.times=100", "fault.module=student.heads.3"), naive=False
             ),
             "a head's logits overflow in fp16": Rehearsal(
-                ("+fault=large_output", "fault.at=300", "fault.times=100", "fault.module=heads.3", "precision=fp16"),
+                (
+                    "+fault=large_output",
+                    "fault.at=300",
+                    "fault.times=100",
+                    "fault.module=student.heads.3",
+                    "precision=fp16",
+                ),
                 naive=False,
             ),
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stabletrain.model.bags import BagClassifier
-from stabletrain.model.clustering import ClusterHeads
+from stabletrain.model.clustering import ClusterModel
 from stabletrain.model.convnet import ConvNet
 from stabletrain.model.direction import DirectionClassifier
 from stabletrain.model.mlp import MLP
@@ -16,7 +16,7 @@ __all__ = [
     "MLP",
     "AttentionPooling",
     "BagClassifier",
-    "ClusterHeads",
+    "ClusterModel",
     "ConvNet",
     "DirectionClassifier",
     "EMATeacher",
