@@ -23,6 +23,8 @@ from stabletrain.build import build
 from stabletrain.checkpoint import CheckpointStore
 from stabletrain.data import ArrayDataset, OrderedLoader, Pairs, Splits, digit_embeddings, embeddings_of_file
 from stabletrain.data.pairs import nearest
+from stabletrain.doctor.before.rate import examine_rate
+from stabletrain.doctor.before.subject import Subject
 from stabletrain.ema import ExponentialMovingAverage
 from stabletrain.errors import ConfigurationError
 from stabletrain.guard import Policy, StepGuard
@@ -500,3 +502,10 @@ def test_parameters_divided_among_processes_are_refused(tmp_path: Path) -> None:
     run = build(checked(*SHORT, "parallel=fsdp2", "epochs=1"), tmp_path)
     with pytest.raises(ConfigurationError, match=r"EMA teacher .*parallel=fsdp2"):
         train(run)
+
+
+def test_the_doctor_finds_the_rate_right_where_losses_are_negative(tmp_path: Path) -> None:
+    config = checked(*SHORT)
+    findings, found = examine_rate(Subject(build(config, tmp_path), config), seconds=5)
+    assert found.trials and all(trial.stable for trial in found.trials if trial.rate <= found.configured)
+    assert not findings
