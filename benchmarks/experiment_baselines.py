@@ -128,3 +128,18 @@ def factorised(splits: Any, seed: int) -> Numbers:
         scores = model.inverse_transform(model.fit_transform(matrix))
         tried.append((ranked(scores, splits.validation)["recall_at_20"], factors, scores))
     return ranked(max(tried, key=lambda one: one[:2])[2], splits.test)
+
+
+def k_means(splits: Any, seed: int) -> Numbers:
+    """The same embeddings, k-means fitted to the training part's, with as many clusters as there are classes."""
+    import torch
+    from sklearn.cluster import KMeans
+
+    from stabletrain.task import agreement
+
+    train, test = splits.train.embeddings.numpy(), splits.test.embeddings.numpy()
+    labels = splits.test.targets
+    classes = int(splits.train.targets.max()) + 1
+    found = KMeans(classes, n_init=10, random_state=seed).fit(train).predict(test)
+    places = torch.from_numpy(found).long() * classes + labels
+    return agreement(torch.bincount(places, minlength=classes**2).view(classes, classes))

@@ -11,6 +11,7 @@ from experiment_baselines import (
     boosted_statistics,
     factorised,
     found_by_attention,
+    k_means,
     plain_softmax,
     pooled_regression,
     popularity,
@@ -53,9 +54,11 @@ class Experiment:
     rehearsals: dict[str, Rehearsal] = field(default_factory=dict)
 
 
-# 1 % of the training samples: 2,993 windows of `direction`, 700 bags of `bags`.
+# 1 % of the training samples: 2,993 windows of `direction`, 700 bags of `bags`, 1,259 of `clustering`.
 BAD_WINDOWS = ("fault.at=0", "fault.times=3", "fault.samples=10")
 BAD_BAGS = ("fault.at=10", "fault.times=2", "fault.samples=4")
+
+ONE_HEAD = ("+fault=large_output", "fault.at=300", "fault.times=100", "fault.module=student.heads.3")
 
 EXPERIMENTS = {
     "direction": Experiment(
@@ -117,6 +120,16 @@ EXPERIMENTS = {
                 ("+fault=fp16_overflow", "fault.at=50", "fault.times=3", "precision=fp16"), naive=False
             ),
             "NaN loss": Rehearsal(("+fault=nan_loss", "fault.at=0", "fault.times=5")),
+        },
+    ),
+    "clustering": Experiment(
+        metrics=("nmi", "ari", "hungarian_accuracy"),
+        baselines={"k-means": k_means},
+        rehearsals={
+            "1 % NaN samples": Rehearsal(("+fault=nan_input", "fault.at=0", "fault.samples=13"), bad=True),
+            "NaN weight in a head": Rehearsal(("+fault=nan_weight", "fault.at=300"), naive=False),
+            "a head's logits too large": Rehearsal(ONE_HEAD, naive=False),
+            "a head's logits overflow in fp16": Rehearsal((*ONE_HEAD, "precision=fp16"), naive=False),
         },
     ),
 }

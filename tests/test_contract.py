@@ -37,6 +37,8 @@ VIEWS = own("views", "task=supervised", "model._target_=composed.EachStep", "mod
 REGIMES = ("data.rows=880", "data.in_features=5", "data.sequence=20", "batch_size=13")
 TASTES = ("data.users=20", "data.items=30", "data.choices=6")
 GRAPH = ("task=recommendation", "loss=bpr", "model.dimension=8")
+FEW_EMBEDDINGS = ("data.neighbours=5", "batch_size=419", "model.heads=2")
+CLUSTERING = ("data=digit_embeddings", "model=clustering", "loss=temi_heads", "task=clustering", *FEW_EMBEDDINGS)
 
 # What an option needs besides itself.
 NEEDS: dict[tuple[str, str], Sequence[str]] = {
@@ -70,6 +72,15 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
         *("data.sequence=4", "batch_size=12"),
     ),
     ("experiment", "direction"): (*REGIMES, "augmentation=none"),
+    ("model", "clustering"): CLUSTERING[:1] + CLUSTERING[2:],
+    ("data", "digit_embeddings"): CLUSTERING[1:],
+    ("data", "embeddings"): (
+        *("data.path=table.npz", "data.x=x", "data.y=kind", *CLUSTERING[1:4]),
+        *("data.neighbours=5", "batch_size=14", "data.clusters=2"),
+    ),
+    ("loss", "temi_heads"): CLUSTERING[:2] + CLUSTERING[3:],
+    ("task", "clustering"): CLUSTERING[:3] + CLUSTERING[4:],
+    ("experiment", "clustering"): FEW_EMBEDDINGS,
     ("experiment", "digits"): ("batch_size=419",),
     ("model", "mmgcn"): ("data=tastes", *TASTES, *GRAPH, "batch_size=24"),
     ("data", "tastes"): ("model=mmgcn", *TASTES, *GRAPH, "batch_size=24"),

@@ -18,6 +18,7 @@ EXPERIMENTS, PRESETS = option_names("experiment"), ("normal", "stable", "safe")
 SMALL = {
     "sequences": ["data.samples=300"],
     "bags": ["data.bags=200"],
+    "clustering": ["model.heads=2", "data.neighbours=10"],
     "text": ["data.samples=200"],
     "direction": ["data.rows=3000", "batch_size=32", "data.in_features=10", "data.sequence=20"],
     "recommendation": ["data.users=100", "data.items=80", "batch_size=128"],

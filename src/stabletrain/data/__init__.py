@@ -6,10 +6,12 @@ from stabletrain.data.arrays import ArrayDataset, Microbatch, Part, class_target
 from stabletrain.data.auto import with_facts
 from stabletrain.data.bags import DigitBags, digit_bags, from_bag_table
 from stabletrain.data.builtin import breast_cancer, digits, sequences
+from stabletrain.data.embeddings import digit_embeddings, embeddings_of_file
 from stabletrain.data.files import from_csv, from_npz, from_parquet
 from stabletrain.data.interaction_table import from_interaction_table
 from stabletrain.data.interactions import HeldOut, Interactions, interaction_splits
 from stabletrain.data.loader import Loader, OrderedLoader, collate
+from stabletrain.data.pairs import Pairs
 from stabletrain.data.series import regimes, windows_of_file
 from stabletrain.data.splits import Splits, split_dataset, split_indices
 from stabletrain.data.table import Table
@@ -25,6 +27,7 @@ __all__ = [
     "Loader",
     "Microbatch",
     "OrderedLoader",
+    "Pairs",
     "Part",
     "Series",
     "Splits",
@@ -34,7 +37,9 @@ __all__ = [
     "class_targets",
     "collate",
     "digit_bags",
+    "digit_embeddings",
     "digits",
+    "embeddings_of_file",
     "from_bag_table",
     "from_csv",
     "from_interaction_table",

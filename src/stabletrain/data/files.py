@@ -18,7 +18,16 @@ from stabletrain.errors import ConfigurationError
 MISSING = ("", "na", "n/a", "null", "none")  # cells that hold no value; `nan` is a number of its own
 
 
-def _existing(path: str | Path, kind: str) -> Path:
+def existing(path: str | Path, kind: str) -> Path:
+    """Return the path of a file, or say that there is none.
+
+    Args:
+        path: the file; relative to the current folder.
+        kind: of file, for the message.
+
+    Raises:
+        ConfigurationError: for one that doesn't exist.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "doesn't exist"
@@ -140,7 +149,7 @@ def from_csv(
     Raises:
         ConfigurationError: for anything in the file that can't be used, with its place.
     """
-    file = _existing(path, "CSV")
+    file = existing(path, "CSV")
     source = f"the CSV file {str(path)!r}"
     names, rows, lines = _read_csv(file, source, header, delimiter, encoding)
     target = str(target)
@@ -191,7 +200,7 @@ def from_npz(
     Raises:
         ConfigurationError: for anything in the file that can't be used, with its place.
     """
-    file = _existing(path, ".npz")
+    file = existing(path, ".npz")
     source = f"the .npz file {str(path)!r}"
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
@@ -278,7 +287,7 @@ def from_parquet(
         ConfigurationError: for anything in the file that can't be used, with its place; when pyarrow is missing.
     """
     pyarrow = _pyarrow()
-    file = _existing(path, "Parquet")
+    file = existing(path, "Parquet")
     source = f"the Parquet file {str(path)!r}"
     try:
         names = [str(name) for name in pyarrow.parquet.read_schema(file).names]
@@ -345,7 +354,7 @@ def read_columns(
     )
     if kind is None:
         raise ConfigurationError(f"the table {str(path)!r} is neither a .csv nor a .parquet file; give one of these.")
-    file = _existing(path, kind)
+    file = existing(path, kind)
     source = f"the {kind} file {str(path)!r}"
     if kind == "CSV":
         names, rows, lines = _read_csv(file, source, header, delimiter, encoding)

@@ -12,6 +12,7 @@ from stabletrain.loss.probability import log_softmax
 
 LEAST_STUDENT_TEMPERATURE, LEAST_TEACHER_TEMPERATURE = 0.05, 0.04
 LEAST_SHARE = 1e-12  # of a cluster, so that its logarithm is finite
+LARGEST_LOGIT = 65504.0  # of a healthy head: what float16 holds, so that a head is bad in every format or in none
 
 
 class TEMI(Loss):
@@ -37,8 +38,9 @@ class TEMI(Loss):
         teacher_temperature: at least 0.04; lower than the student's, so that the teacher is surer.
         momentum: share of m that stays at each microbatch, from 0 to below 1.
         teacher_weighting: false: every sample has w = 1.
-        leave_out_bad_heads: true: a head with NaN or Inf in a microbatch's logits is left out, and the mean is over the
-            others; false: it makes the step bad, which the guard sees.
+        leave_out_bad_heads: true: a head with NaN, Inf or more than 65504 (float16's range) in a microbatch's logits is
+            left out, and the mean is over the others; false: it makes the step bad, which the guard sees. Where every
+            head is bad, it is the samples: none is left out, and the guard sees the step.
 
     References:
         N. Adaloglou, F. Michels, H. Kalisch, M. Kollmann: Exploring the Limits of Deep Image Clustering using
@@ -50,7 +52,7 @@ class TEMI(Loss):
         tensor([-0.6931, -0.6931])
     """
 
-    tasks = ("supervised",)
+    tasks = ("supervised", "clustering")
     marginal: torch.Tensor
 
     def __init__(
@@ -65,6 +67,7 @@ class TEMI(Loss):
         leave_out_bad_heads: bool = False,
     ) -> None:
         super().__init__()
+        self.num_classes, self.heads = num_classes, heads
         for name, count, least in (("num_classes", num_classes, 2), ("heads", heads, 1)):
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
                 raise ConfigurationError(f"{name} is {count!r}; a whole number from {least} is allowed.")
@@ -79,26 +82,40 @@ class TEMI(Loss):
 
     def forward(self, outputs: Any, targets: Any = None) -> Values:
         """Return the loss of each sample, and no weights; in training the marginal moves first."""
+        losses, healthy = self._of_heads(outputs)
+        return _mean_over(healthy, losses), None
+
+    def per_head(self, outputs: Any) -> torch.Tensor:
+        """Return the loss of each sample by each head [B, H], as in evaluation; NaN for a head that is left out."""
+        losses, healthy = self._of_heads(outputs, moves=False)
+        return torch.where(healthy, losses, torch.nan)
+
+    def assignments(self, outputs: Any) -> torch.Tensor:
+        """Return the cluster that each head's teacher finds most probable for the first view, int64 [B, H]."""
+        return self._logits(outputs)[1][:, 0].argmax(-1)
+
+    def _of_heads(self, outputs: Any, *, moves: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each sample by each head [B, H], and which heads count [H]."""
         student, teacher = self._logits(outputs)
         healthy = torch.ones(student.shape[2], dtype=torch.bool, device=student.device)
         if self.leave_out_bad_heads:
-            healthy = _finite_heads(student) & _finite_heads(teacher)
+            healthy = _usable_heads(student) & _usable_heads(teacher)
+            healthy = healthy | ~healthy.any()
             student, teacher = (torch.where(healthy[:, None], part, 0.0) for part in (student, teacher))
         log_p = _log_softmax(student, self.student_temperature)
         log_q = _log_softmax(teacher, self.teacher_temperature)
-        if self.training and len(teacher) > 0:
+        if moves and self.training and len(teacher) > 0:
             self._move(torch.exp(log_q).mean((0, 1)), healthy)
         log_share = self.marginal.to(log_p).clamp_min(LEAST_SHARE).log()
         views = range(student.shape[1])
         pairs = [(v, w) for v in views for w in views if v != w]
-        information = torch.stack(
+        losses = -torch.stack(
             [torch.logsumexp(self.beta * (log_p[:, v] + log_q[:, w]) - log_share, -1) for v, w in pairs]
         ).mean(0)
-        values = -_mean_over(healthy, information)
         if self.teacher_weighting:
             agreement = torch.stack([torch.exp(log_q[:, v] + log_q[:, w]).sum(-1) for v, w in pairs if v < w]).mean(0)
-            values = values * _mean_over(healthy, agreement)
-        return values, None
+            losses = losses * _mean_over(healthy, agreement)[:, None]
+        return losses, healthy
 
     @torch.no_grad()
     def _move(self, share: torch.Tensor, healthy: torch.Tensor) -> None:
@@ -136,8 +153,8 @@ def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return log_softmax(sharpened.flatten(0, -2)).view(logits.shape)
 
 
-def _finite_heads(logits: torch.Tensor) -> torch.Tensor:
-    return torch.isfinite(logits).all(-1).flatten(0, 1).all(0)
+def _usable_heads(logits: torch.Tensor) -> torch.Tensor:
+    return (logits.abs() <= LARGEST_LOGIT).all(-1).flatten(0, 1).all(0)
 
 
 def _mean_over(healthy: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from stabletrain.task.balanced import BalancedClassification, balanced_metrics
 from stabletrain.task.base import Batch, Output, Task, memory_of
 from stabletrain.task.binary import Binary
 from stabletrain.task.classification import Classification
+from stabletrain.task.clustering import Clustering, agreement
 from stabletrain.task.next_token import NextToken
 from stabletrain.task.ranking import RankedClassification
 from stabletrain.task.ranks import Ranks
@@ -17,6 +18,7 @@ __all__ = [
     "Batch",
     "Binary",
     "Classification",
+    "Clustering",
     "NextToken",
     "Output",
     "RankedClassification",
@@ -26,6 +28,7 @@ __all__ = [
     "Segmentation",
     "Supervised",
     "Task",
+    "agreement",
     "balanced_metrics",
     "memory_of",
 ]

@@ -135,7 +135,7 @@ class LossTask:
         return per_sample, weights
 
     def _counted(self, outputs: Any, targets: Any) -> Sequence[torch.Tensor]:
-        """Return the sums of one batch that the metrics are made of, `counts` scalars."""
+        """Return the sums of one batch that the metrics are made of, tensors with `counts` numbers in all."""
         return ()
 
     def _metrics(self, counted: Sequence[float], samples: float) -> dict[str, float]:
@@ -159,7 +159,7 @@ class LossTask:
                     weights = torch.ones_like(per_sample)
                 count = torch.full_like(weights.sum(), len(per_sample))
                 own = [(per_sample * weights).sum(), weights.sum(), count, *self._counted(outputs, targets)]
-                sums.append(torch.stack([value.double() for value in own]))
+                sums.append(torch.cat([value.double().reshape(-1) for value in own]))
                 if see is not None:
                     see(outputs, targets)
         summed = torch.stack(sums).sum(0) if sums else _nothing(model, 3 + self.counts)

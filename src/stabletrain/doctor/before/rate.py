@@ -34,7 +34,7 @@ UPDATES = 32  # of a trial
 SWEEP = 48  # updates
 LEAST, MOST = 1e-7, 1e2  # rates that are tried
 STEP = 2.0  # between the largest rate known to be stable and the smallest known not to be
-RISE = 1.1  # factor on the loss of the untrained model at which a trial counts as unstable
+RISE = 0.1  # above the untrained model's loss, as a share of its size, at which a trial counts as unstable
 SECONDS = 45.0  # for all of it
 
 
@@ -76,8 +76,8 @@ def examine_rate(subject: Subject, seconds: float = SECONDS) -> tuple[list[Findi
     """Find the largest learning rate at which training begins well, and judge the run's by it.
 
     A rate is stable if loss and gradients stay finite over 32 updates and the loss of the last third isn't above that
-    of the untrained model on the same batches (times 1.1). The trials have the run's optimizer and clipping, the first
-    quarter as warm-up if the run has one, and compute in float32.
+    of the untrained model on the same batches by more than a tenth of its size. The trials have the run's optimizer and
+    clipping, the first quarter as warm-up if the run has one, and compute in float32.
 
     Args:
         subject: the run; copies are trained.
@@ -159,6 +159,7 @@ class _Trainer:
         self.baseline = _mean([self._losses(untrained, number)[0] for number in range(self.late, UPDATES)])
         if not math.isfinite(self.baseline):
             raise ValueError(f"the untrained model's loss is {self.baseline}")
+        self.limit = self.baseline + RISE * abs(self.baseline)  # above it also where losses are negative
 
     def _epochs(self, run: Run) -> Iterator[list[Microbatch]]:
         for epoch in itertools.count():
@@ -208,7 +209,7 @@ class _Trainer:
                 return rate / 4
             smooth = loss if smooth is None else 0.6 * smooth + 0.4 * loss
             best = min(best, smooth)
-            if smooth > max(2.0 * best, RISE * self.baseline) and loss > RISE * self.baseline:
+            if smooth > max(2.0 * best, self.limit) and loss > self.limit:
                 return rate / 4
         return MOST
 
@@ -224,7 +225,7 @@ class _Trainer:
             if losses[-1] > 1e3 * (abs(self.baseline) + 1.0):
                 return Trial(rate, False, f"the loss is {losses[-1]:.3g} at update {number}")
         last = _mean(losses[self.late :])
-        return Trial(rate, last <= RISE * self.baseline, f"loss {last:.4g}, untrained {self.baseline:.4g}")
+        return Trial(rate, last <= self.limit, f"loss {last:.4g}, untrained {self.baseline:.4g}")
 
 
 def _mean(values: Sequence[float]) -> float:
