@@ -34,6 +34,7 @@ PLACES = own(
     "places", "task=segmentation", "model._target_=composed.Pixels", "model.in_features=1", "model.num_classes=2"
 )
 VIEWS = own("views", "task=supervised", "model._target_=composed.EachStep", "model.num_classes=4")
+STORIES = ("data.users=20", "data.items=60", "data.topics=6", "data.validation=0.4", "data.test=0.4", "batch_size=10")
 REGIMES = ("data.rows=500", "data.in_features=5", "data.sequence=20", "batch_size=13")
 
 # What an option needs besides itself.
@@ -68,6 +69,13 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
         *("data.sequence=4", "batch_size=12"),
     ),
     ("experiment", "direction"): (*REGIMES, "augmentation=none"),
+    ("model", "semantic"): (*STORIES, "data=stories", "task=next_item"),
+    ("data", "stories"): (*STORIES, "model=semantic", "task=next_item"),
+    ("task", "next_item"): (*STORIES, "data=stories", "model=semantic"),
+    ("data", "item_sequences"): (
+        *("data.path=reads.csv", "model=semantic", "task=next_item", "batch_size=10", "data.text_features=4"),
+    ),
+    ("experiment", "semantic_recommendation"): STORIES,
     ("experiment", "digits"): ("batch_size=419",),
     ("loss", "bce"): BINARY,
     ("loss", "binary_focal"): BINARY,
@@ -113,6 +121,11 @@ def write_tables() -> None:
         file.write("\n".join([",".join([*names, "kind"]), *rows]) + "\n")
     with open("bags.csv", "w") as file:
         file.write("\n".join([",".join([*names, "kind", "bag"]), *(f"{row},{n}" for n, row in enumerate(rows))]) + "\n")
+    with open("reads.csv", "w") as file:
+        rows = [
+            f"u{row // 6},i{row % 7},the word{row % 7}" for row in range(ROWS)
+        ]  # 3 of each user to train on
+        file.write("\n".join(["user,item,text", *rows]) + "\n")
     import pyarrow
     from pyarrow import parquet
 

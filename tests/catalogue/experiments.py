@@ -19,6 +19,7 @@ SMALL = {
     "sequences": ["data.samples=300"],
     "bags": ["data.bags=200"],
     "text": ["data.samples=200"],
+    "semantic_recommendation": ["data.users=40", "data.items=60", "batch_size=8", "accumulate=1"],
     "direction": ["data.rows=900", "batch_size=32", "data.in_features=10", "data.sequence=20"],
 }
 

@@ -7,6 +7,8 @@ from stabletrain.data.auto import with_facts
 from stabletrain.data.bags import DigitBags, digit_bags, from_bag_table
 from stabletrain.data.builtin import breast_cancer, digits, sequences
 from stabletrain.data.files import from_csv, from_npz, from_parquet
+from stabletrain.data.histories import ItemHistories, collate_histories, stories, text_embeddings
+from stabletrain.data.interactions import item_sequences
 from stabletrain.data.loader import Loader, OrderedLoader, collate
 from stabletrain.data.series import regimes, windows_of_file
 from stabletrain.data.splits import Splits, split_dataset, split_indices
@@ -17,6 +19,7 @@ from stabletrain.data.windows import Series, Windows
 __all__ = [
     "ArrayDataset",
     "DigitBags",
+    "ItemHistories",
     "Loader",
     "Microbatch",
     "OrderedLoader",
@@ -28,17 +31,21 @@ __all__ = [
     "breast_cancer",
     "class_targets",
     "collate",
+    "collate_histories",
     "digit_bags",
     "digits",
     "from_bag_table",
     "from_csv",
     "from_npz",
     "from_parquet",
+    "item_sequences",
     "regimes",
     "sequences",
     "split_dataset",
     "split_indices",
+    "stories",
     "text",
+    "text_embeddings",
     "windows_of_file",
     "with_facts",
 ]

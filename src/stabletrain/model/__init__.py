@@ -8,6 +8,7 @@ from stabletrain.model.direction import DirectionClassifier
 from stabletrain.model.mlp import MLP
 from stabletrain.model.pooling import AttentionPooling
 from stabletrain.model.recurrent import RecurrentClassifier
+from stabletrain.model.semantic import SemanticRecommender
 from stabletrain.model.transformer import Transformer
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "ConvNet",
     "DirectionClassifier",
     "RecurrentClassifier",
+    "SemanticRecommender",
     "Transformer",
 ]

@@ -4,6 +4,7 @@ from stabletrain.task.balanced import BalancedClassification, balanced_metrics
 from stabletrain.task.base import Batch, Output, Task, memory_of
 from stabletrain.task.binary import Binary
 from stabletrain.task.classification import Classification
+from stabletrain.task.next_item import NextItem
 from stabletrain.task.next_token import NextToken
 from stabletrain.task.ranking import RankedClassification
 from stabletrain.task.regression import Regression
@@ -15,6 +16,7 @@ __all__ = [
     "Batch",
     "Binary",
     "Classification",
+    "NextItem",
     "NextToken",
     "Output",
     "RankedClassification",
