@@ -7,7 +7,7 @@ memory are the operating system's. Rehearsals, and the loop written by hand, tak
 goes to docs/experiments/<name>.json, the plot to docs/experiments/<name>.png, the table to the console. What was
 measured before under the same words isn't measured again (--again: it is).
 
-Another experiment adds a line to EXPERIMENTS, and a baseline if it has one.
+Another experiment adds a line to EXPERIMENTS, and its baselines if it has any.
 """
 
 from __future__ import annotations
@@ -52,13 +52,15 @@ class Experiment:
 
     Args:
         metric: of the test part, the larger the better.
-        baseline: from the data's parts and a seed to that metric, and what it is called; None = there is none.
+        baselines: by what they are called; from the data's parts and a seed to that metric.
+        also: further metrics of the test part, for the table.
         chance: name of the test metric that a constant answer reaches, or None.
         rehearsals: by name.
     """
 
     metric: str
-    baseline: tuple[str, Callable[[Any, int], dict[str, float]]] | None = None
+    baselines: dict[str, Callable[[Any, int], dict[str, float]]] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
     chance: str | None = None
     rehearsals: dict[str, Rehearsal] = field(default_factory=dict)
 
@@ -86,11 +88,47 @@ def boosted_statistics(splits: Any, seed: int) -> dict[str, float]:
     }
 
 
-# 1 % of the training windows of `direction`: about 21.
+def placed(scores: Any, part: Any, targets: Any) -> dict[str, float]:
+    """Return what `task=next_item` reports for scores [samples, items] that were counted in training."""
+    import torch
+    from torch import nn
+
+    from stabletrain.data import ArrayDataset, OrderedLoader
+    from stabletrain.loss import CrossEntropy
+    from stabletrain.task import NextItem
+
+    task = NextItem(CrossEntropy(), class_counts=torch.bincount(targets, minlength=scores.shape[1]).tolist())
+    return task.evaluate(nn.Identity(), OrderedLoader(ArrayDataset(scores, part.targets), batch_size=256))
+
+
+def most_chosen(splits: Any, seed: int) -> dict[str, float]:
+    """How often each item was chosen in training, whatever the history."""
+    import torch
+
+    train, test = splits.train, splits.test
+    counts = torch.bincount(train.targets, minlength=len(train.text)).double()
+    return placed(counts.expand(len(test), -1), test, train.targets)
+
+
+def after_the_last(splits: Any, seed: int) -> dict[str, float]:
+    """How often each item came next after the history's last item in training; among equals, how often at all."""
+    import numpy as np
+    import torch
+    from scipy.sparse import coo_matrix
+
+    train, test = splits.train, splits.test
+    last, items = train.items[train.places - 1].numpy(), len(train.text)
+    pairs = coo_matrix((np.ones(len(last)), (last, train.targets.numpy())), shape=(items, items)).tocsr()
+    followed = torch.from_numpy(pairs[test.items[test.places - 1].numpy()].toarray())
+    counts = torch.bincount(train.targets, minlength=items).double()
+    return placed(followed + counts / (len(last) + 1), test, train.targets)
+
+
+# 1 % of the training windows of `direction`: about 21; of the histories of `semantic_recommendation`: about 25.
 EXPERIMENTS = {
     "direction": Experiment(
         metric="macro_f1",
-        baseline=("gradient boosting", boosted_statistics),
+        baselines={"gradient boosting": boosted_statistics},
         chance="majority_accuracy",
         rehearsals={
             "1 % NaN windows": Rehearsal(("+fault=nan_input", "fault.at=0", "fault.times=3", "fault.samples=7")),
@@ -98,6 +136,22 @@ EXPERIMENTS = {
                 ("+fault=fp16_overflow", "fault.at=50", "fault.times=3", "precision=fp16", "accumulate=2"), naive=False
             ),
             "NaN loss": Rehearsal(("+fault=nan_loss", "fault.at=0", "fault.times=5")),
+        },
+    ),
+    "semantic_recommendation": Experiment(
+        metric="hit_rate_at_10",
+        also=("mrr", "cold_hit_rate_at_10"),
+        baselines={"popularity": most_chosen, "last-item co-occurrence": after_the_last},
+        rehearsals={
+            "1 % NaN texts": Rehearsal(("+fault=nan_input", "fault.at=0", "fault.times=25")),
+            "empty histories": Rehearsal(("+fault=empty_input", "fault.at=0", "fault.times=25")),
+            "projection overflows": Rehearsal(
+                (
+                    *("+fault=large_output", "fault.at=50", "fault.times=3"),
+                    *("fault.module=text_projection", "precision=fp16"),
+                ),
+                naive=False,
+            ),
         },
     ),
 }
@@ -202,11 +256,10 @@ def one(kind: str, name: str, preset: str, seed: int, overrides: list[str], fold
     if kind == "by hand":
         return by_hand(name, preset, seed, tuple(overrides), folder)
     run = parts_of(name, preset, seed, tuple(overrides), folder)
-    baseline = EXPERIMENTS[name].baseline
-    assert baseline is not None
-    splits = argparse.Namespace(train=run.loader.dataset, test=run.test.dataset)
+    validation = run.validation.dataset if run.validation is not None else None
+    splits = argparse.Namespace(train=run.loader.dataset, validation=validation, test=run.test.dataset)
     start = time.perf_counter()
-    test = baseline[1](splits, seed)
+    test = EXPERIMENTS[name].baselines[kind](splits, seed)
     return {"status": "completed", "seconds": time.perf_counter() - start, "test": test}
 
 
@@ -214,8 +267,7 @@ def plan(name: str, presets: list[str], extra: tuple[str, ...]) -> dict[str, tup
     """Return what is to be measured: label -> (kind, preset, overrides)."""
     experiment = EXPERIMENTS[name]
     wanted: dict[str, tuple[str, str, tuple[str, ...]]] = {preset: ("command", preset, extra) for preset in presets}
-    if experiment.baseline is not None:
-        wanted[experiment.baseline[0]] = ("baseline", "stable", extra)
+    wanted |= {baseline: (baseline, "stable", extra) for baseline in experiment.baselines}
     wanted["by hand"] = ("by hand", "stable", extra)
     for label, rehearsal in experiment.rehearsals.items():
         wanted[f"stable, {label}"] = ("command", "stable", (*extra, *rehearsal.overrides))
@@ -235,16 +287,18 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
 def table(name: str, found: dict[str, dict[str, Any]]) -> str:
     """Return a table in Markdown."""
     experiment = EXPERIMENTS[name]
+    metrics = (experiment.metric, *experiment.also)
     lines = [
-        f"| run | {experiment.metric}, % | rejected | salvaged | culprits named | wall s | CPU s | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| run |{''.join(f' {metric}, % |' for metric in metrics)}"
+        " rejected | salvaged | culprits named | wall s | CPU s | peak MB |",
+        f"| --- |{' --- |' * len(metrics)} --- | --- | --- | --- | --- | --- |",
     ]
     for label, by_seed in found.items():
         rows = list(by_seed.values())
         told = all("rejected" in row for row in rows)
         cells = [
             label,
-            spread([row["test"].get(experiment.metric, math.nan) for row in rows], 100),
+            *(spread([row["test"].get(metric, math.nan) for row in rows], 100) for metric in metrics),
             spread([row["rejected"] for row in rows], digits=0)
             if told
             else spread([row["skipped"] for row in rows], digits=0) + " skipped"

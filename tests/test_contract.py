@@ -122,9 +122,7 @@ def write_tables() -> None:
     with open("bags.csv", "w") as file:
         file.write("\n".join([",".join([*names, "kind", "bag"]), *(f"{row},{n}" for n, row in enumerate(rows))]) + "\n")
     with open("reads.csv", "w") as file:
-        rows = [
-            f"u{row // 6},i{row % 7},the word{row % 7}" for row in range(ROWS)
-        ]  # 3 of each user to train on
+        rows = [f"u{row // 6},i{row % 7},the word{row % 7}" for row in range(ROWS)]  # 3 of each user to train on
         file.write("\n".join(["user,item,text", *rows]) + "\n")
     import pyarrow
     from pyarrow import parquet
