@@ -83,12 +83,6 @@ def item_sequences(
     users = _words(columns[user], user, source, where)
     ids = _words(columns[item], item, source, where)
     names, texts, given = _items(ids, columns, source, where, items, item, text, embeddings)
-    notes: list[str] = []
-    if embeddings is not None:
-        found, usable = _read_embeddings(Path(embeddings), array, names, nonfinite, standardize, notes)
-    else:
-        assert texts is not None
-        found, usable = text_embeddings(texts, text_features, seed), np.ones(len(names), dtype=np.bool_)
     number = {name: place for place, name in enumerate(names)}
     for row, name in enumerate(ids):
         if name not in number:
@@ -96,6 +90,12 @@ def item_sequences(
                 f"{source}, {where(row)}: the item {name!r} is not among the {len(names)} items of {given}. Add it "
                 f"there, or leave the row out.{did_you_mean(name, names)}"
             )
+    notes: list[str] = []
+    if embeddings is not None:
+        found, usable = _read_embeddings(Path(embeddings), array, names, nonfinite, standardize, notes)
+    else:
+        assert texts is not None
+        found, usable = text_embeddings(texts, text_features, seed), np.ones(len(names), dtype=np.bool_)
     times = _times(columns[order], order, source, where) if order is not None else np.zeros(len(ids))
     rows_of: dict[str, list[int]] = {}
     for row in range(len(ids)):
