@@ -24,9 +24,10 @@ class SemanticRecommender(nn.Module):
 
     An item that doesn't occur in training (the data's table `known_items`) is known by its text alone. For the fusion
     head to learn what that means, training takes some items' embeddings away; and it doesn't push such items down, as
-    nobody could have chosen them: there they have the lowest of the logits, as a constant. Padding is masked
-    everywhere, and an empty history has a learnt state of its own. Logits are computed in float32 at least, whatever
-    the precision.
+    nobody could have chosen them: there they have the lowest of the logits, as a constant.
+
+    Padding is masked everywhere. A learnt vector stands before each history, so that an empty one is nothing special.
+    Logits are computed in float32 at least, whatever the precision.
 
     Args:
         num_items: number of items, C.
@@ -100,7 +101,7 @@ class SemanticRecommender(nn.Module):
             for _ in range(layers)
         )
         self.final_norm = Normalisation(width, gain=True)
-        self.of_nothing = nn.Parameter(torch.zeros(width))
+        self.start = nn.Embedding(1, width)
         nn.init.normal_(self.id_embedding.weight, std=0.02)
         nn.init.xavier_uniform_(self.text_projection.weight)
         nn.init.zeros_(self.text_projection.bias)
@@ -127,14 +128,15 @@ class SemanticRecommender(nn.Module):
         embeddings = self._embeddings()
         # Not a product with the mask: what stands in the padding may be NaN.
         own = F.embedding(ids.masked_fill(~mask, 0), embeddings).masked_fill(~mask.unsqueeze(2), 0.0)
-        hidden = self._fused(own, text.masked_fill(~mask.unsqueeze(2), 0.0))
+        history = self._fused(own, text.masked_fill(~mask.unsqueeze(2), 0.0))
+        start = self.start.weight.to(history.dtype).expand(len(ids), 1, -1)
+        hidden, mask = torch.cat([start, history], 1), F.pad(mask, (1, 0), value=True)
         positions = torch.arange(mask.shape[1], device=mask.device)
         visible = (positions <= positions[:, None]) & mask[:, None, :]
         for block in self.blocks:
             hidden = block(hidden, visible)
         last = (positions * mask).amax(1)
         state = self.final_norm(hidden[torch.arange(len(last), device=last.device), last])
-        state = torch.where(mask.any(1, keepdim=True), state, self.of_nothing.to(state.dtype))
         items = self._fused(embeddings, self.text_embeddings)
         with torch.autocast(state.device.type, enabled=False):
             logits = _wide(state) @ _wide(items).T / math.sqrt(state.shape[1])
