@@ -15,12 +15,13 @@ INTEGRATIONS := $(VENV)/.installed-integrations
 INSTALL = $(RUN) -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-normal train-stable train-safe train-stable-multi test test-mutants test-integrations checks clean
+.PHONY: help setup train-normal train-stable train-safe train-stable-multi train-semantic-recommendation \
+	train-semantic-recommendation-safe test test-mutants test-integrations checks clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [ARGS=\"key=value ...\"] [PYTHON=python3.11] [VENV=.venv] [PIP_ARGS=...]"
 	@grep -hE '^[a-z-]+:.*## ' Makefile | while IFS= read -r line; do \
-	  printf '  %-18s %s\n' "$${line%%:*}" "$${line##*## }"; done
+	  printf '  %-34s %s\n' "$${line%%:*}" "$${line##*## }"; done
 	@echo 'ARGS go to the program or to pytest: make train-safe ARGS="precision=bf16 seed=3"'
 
 setup: $(INSTALLED) ## create the environment and install stabletrain into it
@@ -37,6 +38,12 @@ train-safe: $(INSTALLED) ## train it with the preset safe
 
 train-stable-multi: $(INSTALLED) ## train it with the preset stable on PROCESSES=2 processes
 	@$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m stabletrain +preset=stable parallel=ddp $(ARGS)
+
+train-semantic-recommendation: $(INSTALLED) ## train the recommender of the next item with the preset stable
+	@$(RUN) -m stabletrain +experiment=semantic_recommendation +preset=stable $(ARGS)
+
+train-semantic-recommendation-safe: $(INSTALLED) ## train it with the preset safe
+	@$(RUN) -m stabletrain +experiment=semantic_recommendation +preset=safe $(ARGS)
 
 test: $(DEVELOPMENT) ## run the tests and the examples in docstrings
 	@$(RUN) -m pytest -q -n 3 --dist worksteal $(ARGS)

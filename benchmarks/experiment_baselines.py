@@ -143,3 +143,39 @@ def k_means(splits: Any, seed: int) -> Numbers:
     found = KMeans(classes, n_init=10, random_state=seed).fit(train).predict(test)
     places = torch.from_numpy(found).long() * classes + labels
     return agreement(torch.bincount(places, minlength=classes**2).view(classes, classes))
+
+
+def placed(scores: Any, part: Any, targets: Any) -> Numbers:
+    """Return what `task=next_item` reports for scores [samples, items] that were counted in training."""
+    import torch
+    from torch import nn
+
+    from stabletrain.data import ArrayDataset, OrderedLoader
+    from stabletrain.loss import CrossEntropy
+    from stabletrain.task import NextItem
+
+    task = NextItem(CrossEntropy(), class_counts=torch.bincount(targets, minlength=scores.shape[1]).tolist())
+    return task.evaluate(nn.Identity(), OrderedLoader(ArrayDataset(scores, part.targets), batch_size=256))
+
+
+def most_chosen(splits: Any, seed: int) -> Numbers:
+    """How often each item was chosen in training, whatever the history."""
+    import torch
+
+    train, test = splits.train, splits.test
+    counts = torch.bincount(train.targets, minlength=len(train.text)).double()
+    return placed(counts.expand(len(test), -1), test, train.targets)
+
+
+def after_the_last(splits: Any, seed: int) -> Numbers:
+    """How often each item came next after the history's last item in training; among equals, how often at all."""
+    import numpy as np
+    import torch
+    from scipy.sparse import coo_matrix
+
+    train, test = splits.train, splits.test
+    last, items = train.items[train.places - 1].numpy(), len(train.text)
+    pairs = coo_matrix((np.ones(len(last)), (last, train.targets.numpy())), shape=(items, items)).tocsr()
+    followed = torch.from_numpy(pairs[test.items[test.places - 1].numpy()].toarray())
+    counts = torch.bincount(train.targets, minlength=items).double()
+    return placed(followed + counts / (len(last) + 1), test, train.targets)

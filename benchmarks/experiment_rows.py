@@ -8,10 +8,12 @@ from typing import Any
 
 from experiment_baselines import (
     Numbers,
+    after_the_last,
     boosted_statistics,
     factorised,
     found_by_attention,
     k_means,
+    most_chosen,
     plain_softmax,
     pooled_regression,
     popularity,
@@ -54,7 +56,8 @@ class Experiment:
     rehearsals: dict[str, Rehearsal] = field(default_factory=dict)
 
 
-# 1 % of the training samples: 2,993 windows of `direction`, 700 bags of `bags`, 1,259 of `clustering`.
+# 1 % of the training samples: 2,993 windows of `direction`, 700 bags of `bags`, 1,259 of `clustering`, 2,520
+# histories of `semantic_recommendation`.
 BAD_WINDOWS = ("fault.at=0", "fault.times=3", "fault.samples=10")
 BAD_BAGS = ("fault.at=10", "fault.times=2", "fault.samples=4")
 
@@ -130,6 +133,21 @@ EXPERIMENTS = {
             "NaN weight in a head": Rehearsal(("+fault=nan_weight", "fault.at=300"), naive=False),
             "a head's logits too large": Rehearsal(ONE_HEAD, naive=False),
             "a head's logits overflow in fp16": Rehearsal((*ONE_HEAD, "precision=fp16"), naive=False),
+        },
+    ),
+    "semantic_recommendation": Experiment(
+        metrics=("hit_rate_at_10", "mrr", "cold_hit_rate_at_10"),
+        baselines={"popularity": most_chosen, "last-item co-occurrence": after_the_last},
+        rehearsals={
+            "1 % NaN texts": Rehearsal(("+fault=nan_input", "fault.at=0", "fault.times=25"), bad=True),
+            "1 % empty histories": Rehearsal(("+fault=empty_input", "fault.at=0", "fault.times=25")),
+            "projection overflows in fp16": Rehearsal(
+                (
+                    *("+fault=large_output", "fault.at=50", "fault.times=3"),
+                    *("fault.module=text_projection", "precision=fp16"),
+                ),
+                naive=False,
+            ),
         },
     ),
 }

@@ -39,6 +39,7 @@ TASTES = ("data.users=20", "data.items=30", "data.choices=6")
 GRAPH = ("task=recommendation", "loss=bpr", "model.dimension=8")
 FEW_EMBEDDINGS = ("data.neighbours=5", "batch_size=419", "model.heads=2")
 CLUSTERING = ("data=digit_embeddings", "model=clustering", "loss=temi_heads", "task=clustering", *FEW_EMBEDDINGS)
+STORIES = ("data.users=20", "data.items=60", "data.topics=6", "data.validation=0.4", "data.test=0.4", "batch_size=10")
 
 # What an option needs besides itself.
 NEEDS: dict[tuple[str, str], Sequence[str]] = {
@@ -81,6 +82,13 @@ NEEDS: dict[tuple[str, str], Sequence[str]] = {
     ("loss", "temi_heads"): CLUSTERING[:2] + CLUSTERING[3:],
     ("task", "clustering"): CLUSTERING[:3] + CLUSTERING[4:],
     ("experiment", "clustering"): FEW_EMBEDDINGS,
+    ("model", "semantic"): (*STORIES, "data=stories", "task=next_item"),
+    ("data", "stories"): (*STORIES, "model=semantic", "task=next_item"),
+    ("task", "next_item"): (*STORIES, "data=stories", "model=semantic"),
+    ("data", "item_sequences"): (
+        *("data.path=reads.csv", "model=semantic", "task=next_item", "batch_size=10", "data.text_features=4"),
+    ),
+    ("experiment", "semantic_recommendation"): STORIES,
     ("experiment", "digits"): ("batch_size=419",),
     ("model", "mmgcn"): ("data=tastes", *TASTES, *GRAPH, "batch_size=24"),
     ("data", "tastes"): ("model=mmgcn", *TASTES, *GRAPH, "batch_size=24"),
@@ -138,6 +146,9 @@ def write_tables() -> None:
     with open("chosen.inter", "w") as file:
         file.write("user_id:token\titem_id:token\ttimestamp:float\n")
         file.writelines(f"{n % 12}\t{n % (ROWS // 4)}\t{n}\n" for n in range(ROWS))
+    with open("reads.csv", "w") as file:
+        rows = [f"u{row // 6},i{row % 7},the word{row % 7}" for row in range(ROWS)]  # 3 of each user to train on
+        file.write("\n".join(["user,item,text", *rows]) + "\n")
     import pyarrow
     from pyarrow import parquet
 

@@ -124,6 +124,8 @@ def test_the_targets_of_make(command: str) -> None:
         "test": "-m pytest",
         "test-integrations": "tests/integrations",
         "train-stable-multi": "--nproc-per-node 2 -m stabletrain +preset=stable parallel=ddp",
+        "train-semantic-recommendation": "-m stabletrain +experiment=semantic_recommendation +preset=stable",
+        "train-semantic-recommendation-safe": "-m stabletrain +experiment=semantic_recommendation +preset=safe",
         "checks": "-m mypy",
         "setup": "pip install",
     }

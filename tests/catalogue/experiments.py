@@ -22,6 +22,7 @@ SMALL = {
     "text": ["data.samples=200"],
     "direction": ["data.rows=3000", "batch_size=32", "data.in_features=10", "data.sequence=20"],
     "recommendation": ["data.users=100", "data.items=80", "batch_size=128"],
+    "semantic_recommendation": ["data.users=40", "data.items=60", "batch_size=8", "accumulate=1"],
 }
 
 

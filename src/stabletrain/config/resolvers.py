@@ -1,4 +1,4 @@
-"""The `${stabletrain.…}` functions of the configs: names of runs and sweeps, and products."""
+"""The `${stabletrain.…}` functions of the configs: names of runs and sweeps, products, values by preset."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def _product(*factors: Any) -> float:
     return math.prod(float(factor) for factor in factors)
 
 
-for _resolver in (_name, _sweep, _overrides, _product):
+def _by_preset(preset: str, values: Any, otherwise: Any) -> Any:
+    """Return what the preset has among the values by name, such as `{safe:8,stable:2}`; if nothing, the last one."""
+    return values.get(preset, otherwise)
+
+
+for _resolver in (_name, _sweep, _overrides, _product, _by_preset):
     OmegaConf.register_new_resolver(f"stabletrain.{_resolver.__name__[1:]}", _resolver, replace=True)
 OmegaConf.register_new_resolver("stabletrain.stamp", stamp, replace=True)

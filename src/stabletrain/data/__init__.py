@@ -8,8 +8,10 @@ from stabletrain.data.bags import DigitBags, digit_bags, from_bag_table
 from stabletrain.data.builtin import breast_cancer, digits, sequences
 from stabletrain.data.embeddings import digit_embeddings, embeddings_of_file
 from stabletrain.data.files import from_csv, from_npz, from_parquet
+from stabletrain.data.histories import ItemHistories, collate_histories, stories, text_embeddings
 from stabletrain.data.interaction_table import from_interaction_table
 from stabletrain.data.interactions import HeldOut, Interactions, interaction_splits
+from stabletrain.data.item_sequences import item_sequences
 from stabletrain.data.loader import Loader, OrderedLoader, collate
 from stabletrain.data.pairs import Pairs
 from stabletrain.data.series import regimes, windows_of_file
@@ -24,6 +26,7 @@ __all__ = [
     "DigitBags",
     "HeldOut",
     "Interactions",
+    "ItemHistories",
     "Loader",
     "Microbatch",
     "OrderedLoader",
@@ -36,6 +39,7 @@ __all__ = [
     "breast_cancer",
     "class_targets",
     "collate",
+    "collate_histories",
     "digit_bags",
     "digit_embeddings",
     "digits",
@@ -46,12 +50,15 @@ __all__ = [
     "from_npz",
     "from_parquet",
     "interaction_splits",
+    "item_sequences",
     "regimes",
     "sequences",
     "split_dataset",
     "split_indices",
+    "stories",
     "tastes",
     "text",
+    "text_embeddings",
     "windows_of_file",
     "with_facts",
 ]

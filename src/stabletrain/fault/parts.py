@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stabletrain.errors import ConfigurationError
 from stabletrain.fault.base import M, Planned, Surroundings, check_factor
-from stabletrain.fault.samples import BadSamples
+from stabletrain.fault.samples import BadSamples, is_pair, rebuilt
 
 
 class NanPart(BadSamples):
@@ -27,11 +27,21 @@ class NanPart(BadSamples):
 class EmptyInput(BadSamples):
     """The inputs of some samples are empty: a bag without instances, a sequence without time steps.
 
-    Only samples of different length, a list of tensors, can be empty.
+    Only samples of different length can be empty: a list of tensors, or padded ones with a bool tensor `mask`, one row
+    for each sample, that is False where there is padding.
     """
 
     effect = "empty the inputs"
-    needed = "list of floating tensors, one for each sample"
+    needed = "list of floating tensors, one for each sample, and no bool tensor `mask`"
+
+    def _spoil(self, data: Any, rows: list[int], count: int) -> Any:
+        inputs = data[0] if is_pair(data) else data
+        mask = inputs.get("mask") if isinstance(inputs, dict) else None
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() == 0 or len(mask) != count:
+            return super()._spoil(data, rows, count)
+        empty = mask.index_fill(0, torch.tensor(rows, device=mask.device), False)
+        spoilt = {**inputs, "mask": empty}
+        return rebuilt(data, [spoilt, data[1]]) if is_pair(data) else spoilt
 
     def spoilt(self, sample: Tensor) -> Tensor:
         """Return nothing of the sample, in its width."""

@@ -61,14 +61,14 @@ class BadSamples(Planned):
         return replace(microbatch, data=data)  # type: ignore[type-var]
 
     def _spoil(self, data: Any, rows: list[int], count: int) -> Any:
-        inputs = data[0] if _is_pair(data) else data
+        inputs = data[0] if is_pair(data) else data
         spoilt = _changed(inputs, rows, count, self.spoilt)
         if all(new is old for new, old in zip(tensors(spoilt), tensors(inputs), strict=True)):
             raise ConfigurationError(
                 f"the fault can't {self.effect.format(value=self.value)}: they hold no {self.needed}. Choose another "
                 "fault."
             )
-        return _rebuilt(data, [spoilt, data[1]]) if _is_pair(data) else spoilt
+        return rebuilt(data, [spoilt, data[1]]) if is_pair(data) else spoilt
 
     def spoilt(self, sample: Tensor) -> Tensor:
         """Return what becomes of a sample's floating tensor."""
@@ -123,7 +123,7 @@ class NanLabel(BadSamples):
         self.num_classes = num_classes
 
     def _spoil(self, data: Any, rows: list[int], count: int) -> Any:
-        if not _is_pair(data):
+        if not is_pair(data):
             raise ConfigurationError(
                 "the fault can't make a label NaN: a batch is not the pair (inputs, targets). Choose another fault."
             )
@@ -136,14 +136,15 @@ class NanLabel(BadSamples):
                 "the fault can't make a label NaN: the targets are no floating tensor with one entry for each sample. "
                 "For class numbers say how many classes there are: fault.num_classes=<number>."
             )
-        return _rebuilt(data, [data[0], spoilt])
+        return rebuilt(data, [data[0], spoilt])
 
 
-def _is_pair(data: Any) -> bool:
+def is_pair(data: Any) -> bool:
+    """Return whether a batch is the pair (inputs, targets)."""
     return isinstance(data, (tuple, list)) and len(data) == 2
 
 
-def _rebuilt(old: Any, parts: Sequence[Any]) -> Any:
+def rebuilt(old: Any, parts: Sequence[Any]) -> Any:
     """Return the parts in a list, tuple or named tuple like the old one."""
     return type(old)(*parts) if hasattr(old, "_fields") else type(old)(parts)
 
@@ -171,5 +172,5 @@ def _changed(tree: Any, rows: list[int], count: int, change: Callable[[Tensor], 
         spoilt = {row for row in rows if tree[row].is_floating_point()}
         return [change(item) if row in spoilt else item for row, item in enumerate(tree)]
     if isinstance(tree, (list, tuple)):
-        return _rebuilt(tree, [_changed(item, rows, count, change) for item in tree])
+        return rebuilt(tree, [_changed(item, rows, count, change) for item in tree])
     return tree

@@ -13,7 +13,7 @@ from stabletrain.loss.base import SMOOTHING, Loss, Modes, Values, checked, wide
 from stabletrain.loss.ignoring import apart, by_sample, checked_index
 from stabletrain.loss.probability import log_softmax, margin
 
-CLASS_TASKS = ("classification", "next_token", "segmentation", "supervised")
+CLASS_TASKS = ("classification", "next_item", "next_token", "segmentation", "supervised")
 
 
 class CrossEntropy(Loss):

@@ -10,6 +10,7 @@ from stabletrain.model.mlp import MLP
 from stabletrain.model.mmgcn import MMGCN
 from stabletrain.model.pooling import AttentionPooling
 from stabletrain.model.recurrent import RecurrentClassifier
+from stabletrain.model.semantic import SemanticRecommender
 from stabletrain.model.teacher import EMATeacher
 from stabletrain.model.transformer import Transformer
 
@@ -23,5 +24,6 @@ __all__ = [
     "DirectionClassifier",
     "EMATeacher",
     "RecurrentClassifier",
+    "SemanticRecommender",
     "Transformer",
 ]

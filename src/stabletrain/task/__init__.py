@@ -5,6 +5,7 @@ from stabletrain.task.base import Batch, Output, Task, memory_of
 from stabletrain.task.binary import Binary
 from stabletrain.task.classification import Classification
 from stabletrain.task.clustering import Clustering, agreement
+from stabletrain.task.next_item import NextItem
 from stabletrain.task.next_token import NextToken
 from stabletrain.task.ranking import RankedClassification
 from stabletrain.task.ranks import Ranks
@@ -19,6 +20,7 @@ __all__ = [
     "Binary",
     "Classification",
     "Clustering",
+    "NextItem",
     "NextToken",
     "Output",
     "RankedClassification",
