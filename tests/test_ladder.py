@@ -277,7 +277,7 @@ def test_the_plan_keeps_to_its_rules(wait: int, watch: int, factor: int, epochs:
     ("options", "said"),
     [
         ({"dtype": "float32"}, "precision.dtype is 'float32'; the ladder leads to bfloat16 or float16"),
-        ({"stable_epochs": 0}, "precision.stable_epochs is 0; it must be a whole number, 1 or more"),
+        ({"stable_epochs": 0}, "precision.stable_epochs is 0; a whole number from 1 is allowed"),
         ({"watch_updates": 1.5}, "precision.watch_updates is 1.5"),
         ({"wait_factor": True}, "precision.wait_factor is True"),
         ({"raised_scale": 512.0}, "precision.raised_scale is 512.0; it must be a finite number of at least"),

@@ -17,7 +17,7 @@ PACKAGE = SOURCE / "stabletrain"
 # From the bottom up. A module (or package) imports from lines above its own only, and from itself.
 LAYERS = (
     {"errors", "plain", "randomness", "signals", "state", "tree"},
-    {"collectives", "finite", "folder", "roles", "safe"},
+    {"checks", "collectives", "finite", "folder", "roles", "safe"},
     {"sealed"},
     {
         "augmentation",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stabletrain.augmentation.numbers import number
+from stabletrain.checks import number
 from stabletrain.errors import ConfigurationError
 from stabletrain.tree import map_tensors
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from stabletrain.augmentation.features import described
-from stabletrain.augmentation.numbers import number, whole
+from stabletrain.checks import number, whole
 from stabletrain.errors import ConfigurationError
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from stabletrain.augmentation.features import described
 from stabletrain.augmentation.images import check_images
-from stabletrain.augmentation.numbers import whole
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stabletrain.checks import whole
 from stabletrain.data.arrays import Integers
 from stabletrain.data.files import existing
 from stabletrain.data.pairs import Pairs, nearest
@@ -65,8 +66,7 @@ def digit_embeddings(
     from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-ignore]
     from sklearn.decomposition import PCA  # type: ignore[import-untyped, unused-ignore]
 
-    if isinstance(components, bool) or not isinstance(components, int) or not 1 <= components <= 64:
-        raise ConfigurationError(f"components is {components!r}; a whole number from 1 to 64 is allowed.")
+    whole("components", components, 1, 64)
     pixels, labels = load_digits(return_X_y=True)
     kinds = labels.astype(np.int64)
     parts = split_indices(len(kinds), validation=validation, test=test, seed=seed, classes=kinds)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from stabletrain.checks import number
 from stabletrain.data.arrays import Integers
 from stabletrain.data.splits import Splits, split_indices
 from stabletrain.data.table import Floats
@@ -290,8 +291,7 @@ def stories(
             f"that are a multiple of topics times parts ({topics * parts}), and a mean_length from 4 to 1000."
         )
     for name, share in (("follow", follow), ("stay", stay), ("back", back), ("cold", cold)):
-        if isinstance(share, bool) or not 0 <= share < 1:
-            raise ConfigurationError(f"{name} is {share!r}; a number from 0 to below 1 is allowed.")
+        number(f"{name}", share, below=1)
     if follow + stay >= 1 or not 0 <= skew <= 10:
         raise ConfigurationError(
             f"follow is {follow}, stay {stay} and skew {skew}; follow and stay together have to be below 1, and a skew "

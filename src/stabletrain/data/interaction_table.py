@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stabletrain.checks import number
 from stabletrain.data.arrays import Integers
 from stabletrain.data.files import numbers, read_columns
 from stabletrain.data.interactions import divided, interaction_splits
@@ -79,8 +80,7 @@ def from_interaction_table(
         raise ConfigurationError(
             f"nonfinite is {nonfinite!r}; allowed: {', '.join(NONFINITE)}.{did_you_mean(str(nonfinite), NONFINITE)}"
         )
-    if isinstance(new_items, bool) or not 0 <= new_items < 1:
-        raise ConfigurationError(f"new_items is {new_items!r}; a number from 0 to below 1 is allowed.")
+    number("new_items", new_items, below=1)
     if rating is None and (weighted or min_rating is not None):
         raise ConfigurationError("min_rating and weighted need the name of the column of ratings: give `rating`.")
     notes: list[str] = []

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from stabletrain.checks import whole
 from stabletrain.data.arrays import Integers
 from stabletrain.data.splits import Splits, check_shares
 from stabletrain.data.table import Floats
@@ -115,8 +116,7 @@ class Interactions(Dataset[dict[str, torch.Tensor]]):
     random = True
 
     def __init__(self, users: torch.Tensor, items: torch.Tensor, weights: torch.Tensor, *, negatives: int = 1) -> None:
-        if isinstance(negatives, bool) or not isinstance(negatives, int) or negatives < 1:
-            raise ConfigurationError(f"negatives is {negatives!r}; a whole number from 1 is allowed.")
+        whole("negatives", negatives)
         self.users, self.items, self.weights, self.negatives = users, items, weights, negatives
         seen, compact = np.unique(items.numpy(), return_inverse=True)
         self.seen = torch.from_numpy(seen)
@@ -311,8 +311,7 @@ def interaction_splits(
         Y. Wei et al.: MMGCN: Multi-modal Graph Convolution Network for Personalized Recommendation of Micro-video,
         2019.
     """
-    if isinstance(cold, bool) or not isinstance(cold, int) or cold < 0:
-        raise ConfigurationError(f"cold is {cold!r}; a whole number from 0 is allowed.")
+    whole("cold", cold, 0)
     if limit is not None and (isinstance(limit, bool) or not 0 < limit < math.inf):
         raise ConfigurationError(f"limit is {limit!r}; a finite number above 0 is allowed, or null for none.")
     item_count = len(next(iter(features.values())))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from stabletrain.checks import whole
 from stabletrain.data.arrays import ArrayDataset, Microbatch
 from stabletrain.data.splits import check_map_style
 from stabletrain.errors import ConfigurationError
@@ -146,11 +147,6 @@ def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.device.type != "cpu" or not torch.cuda.is_available() else tensor.pin_memory()
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} is {value!r}; a whole number from 1 is allowed.")
-
-
 class Loader:
     """Training batches. The order of an epoch is a function of (seed, epoch), so that any step can be the first.
 
@@ -198,8 +194,8 @@ class Loader:
         device: torch.device | str = "cpu",
         collate: Collate | None = None,
     ) -> None:
-        _check_count("batch_size", batch_size)
-        _check_count("accumulate", accumulate)
+        whole("batch_size", batch_size)
+        whole("accumulate", accumulate)
         self.reader = _Reader(dataset, workers, device, collate)
         self.dataset = dataset
         if batch_size > len(dataset):
@@ -330,7 +326,7 @@ class OrderedLoader:
         device: torch.device | str = "cpu",
         collate: Collate | None = None,
     ) -> None:
-        _check_count("batch_size", batch_size)
+        whole("batch_size", batch_size)
         self.reader = _Reader(dataset, workers, device, collate)
         self.dataset = dataset
         self.batch_size = batch_size

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stabletrain.checks import whole
 from stabletrain.data.files import numbers, read_columns
 from stabletrain.data.splits import Splits
 from stabletrain.data.table import did_you_mean, encode_labels
@@ -72,9 +73,8 @@ def regimes(
         >>> windows.shape, splits.classes
         (torch.Size([5, 20, 6]), ('down', 'flat', 'up'))
     """
-    for name, whole, least in (("rows", rows, 1), ("in_features", in_features, 1), ("horizon", horizon, 1)):
-        if isinstance(whole, bool) or not isinstance(whole, int) or whole < least:
-            raise ConfigurationError(f"{name} of the regimes is {whole!r}; a whole number from {least} is allowed.")
+    for name, count, least in (("rows", rows, 1), ("in_features", in_features, 1), ("horizon", horizon, 1)):
+        whole(f"{name} of the regimes", count, least)
     for name, number in (("speed", speed), ("drift", drift), ("noise", noise), ("mean_duration", mean_duration)):
         if isinstance(number, bool) or not 0 <= number < math.inf or (name == "mean_duration" and number <= 1):
             raise ConfigurationError(

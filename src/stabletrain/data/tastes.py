@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
+from stabletrain.checks import number, whole
 from stabletrain.data.interactions import divided, interaction_splits
 from stabletrain.data.splits import Splits
-from stabletrain.errors import ConfigurationError
 from stabletrain.randomness import key
 
 VISUAL, TEXT = 64, 32  # numbers that describe an item in each modality
@@ -67,19 +67,16 @@ def tastes(
         >>> splits.facts["features"], splits.tables["features_text"].shape
         ({'visual': 64, 'text': 32}, torch.Size([50, 32]))
     """
-    for name, whole, least in (
+    for name, count, least in (
         ("users", users, 2),
         ("items", items, 10),
         ("choices", choices, 3),
         ("factors", factors, 2),
     ):
-        if isinstance(whole, bool) or not isinstance(whole, int) or whole < least:
-            raise ConfigurationError(f"{name} of the tastes is {whole!r}; a whole number from {least} is allowed.")
-    for name, number in (("taste", taste), ("popularity", popularity), ("noise", noise)):
-        if isinstance(number, bool) or not 0 <= number <= 100:
-            raise ConfigurationError(f"{name} of the tastes is {number!r}; a number from 0 to 100 is allowed.")
-    if isinstance(new_items, bool) or not 0 <= new_items < 1:
-        raise ConfigurationError(f"new_items of the tastes is {new_items!r}; a number from 0 to below 1 is allowed.")
+        whole(f"{name} of the tastes", count, least)
+    for name, value in (("taste", taste), ("popularity", popularity), ("noise", noise)):
+        number(f"{name} of the tastes", value, most=100)
+    number("new_items of the tastes", new_items, below=1)
     random = np.random.default_rng(key(seed, "tastes"))
     directions = random.standard_normal((factors, factors))
     hidden = []

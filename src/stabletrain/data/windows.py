@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from stabletrain.checks import whole
 from stabletrain.data.arrays import Integers
 from stabletrain.data.splits import Splits, check_shares
 from stabletrain.data.table import Booleans, Floats, did_you_mean
@@ -160,8 +161,7 @@ class Series:
                 )
         gap = sequence if gap is None else gap
         for option, number, least in (("sequence", sequence, 1), ("stride", stride, 1), ("gap", gap, 0)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ConfigurationError(f"{option} is {number!r}; a whole number from {least} is allowed.")
+            whole(option, number, least)
         if limit is not None and (isinstance(limit, bool) or not 0 < limit < math.inf):
             raise ConfigurationError(f"limit is {limit!r}; a finite number above 0 is allowed, or null for none.")
         parts = row_parts(len(self.values), validation=validation, test=test, gap=gap)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 
 DEFAULT_AT = 100  # step of a fault that is not told when
@@ -146,8 +147,8 @@ class Planned(Fault):
 
     def __init__(self, at: int | None = None, times: int = 1) -> None:
         if at is not None:
-            check_whole("at", at, 0)
-        check_whole("times", times, 1)
+            whole("fault.at", at, 0)
+        whole("fault.times", times, 1)
         self.at = DEFAULT_AT if at is None else at
         self.times = times
         self._told = at is not None
@@ -186,12 +187,6 @@ class Planned(Fault):
         """Take over what a fault of the same kind remembered; of another kind, nothing."""
         if state.get("kind") == type(self).__name__:
             self._last = int(state["last"])
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise ConfigurationError unless the value is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigurationError(f"fault.{name} is {value!r}; a whole number from {least} is allowed.")
 
 
 def check_factor(name: str, value: Any) -> float:

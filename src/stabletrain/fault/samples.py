@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
-from stabletrain.fault.base import M, Planned, Surroundings, check_whole
+from stabletrain.fault.base import M, Planned, Surroundings
 from stabletrain.tree import tensors
 
 
@@ -34,7 +35,7 @@ class BadSamples(Planned):
 
     def __init__(self, at: int | None = None, times: int = 1, samples: int = 1) -> None:
         super().__init__(at, times)
-        check_whole("samples", samples, 1)
+        whole("fault.samples", samples, 1)
         self.samples = samples
         self.indices: list[int] = []  # the bad samples: positions in the training data
 
@@ -119,7 +120,7 @@ class NanLabel(BadSamples):
     def __init__(self, at: int | None = None, times: int = 1, samples: int = 1, num_classes: int | None = None) -> None:
         super().__init__(at, times, samples)
         if num_classes is not None:
-            check_whole("num_classes", num_classes, 2)
+            whole("fault.num_classes", num_classes, 2)
         self.num_classes = num_classes
 
     def _spoil(self, data: Any, rows: list[int], count: int) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.folder import fsync_folder, json_text, write_whole, yaml_text
 from stabletrain.incident.files import (
@@ -59,8 +60,7 @@ class IncidentStore:
 
     def __init__(self, folder: Path | str, *, max_incidents: int = 20, max_bytes: int = 200 << 20) -> None:
         for name, value in (("guard.max_incidents", max_incidents), ("guard.max_incident_bytes", max_bytes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigurationError(f"{name} is {value!r}; a whole number from 0 is allowed.")
+            whole(name, value, 0)
         self.folder = Path(folder) / "incidents"
         self.max_incidents, self.max_bytes = max_incidents, max_bytes
         self.recorded = 0  # incidents, kept or not

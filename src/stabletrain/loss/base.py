@@ -123,24 +123,3 @@ def pair_of(outputs: Any, what: str) -> tuple[torch.Tensor, torch.Tensor]:
             f"the model returned {given}; this loss needs {what}: a pair of tensors, or [B, 2, ...]."
         )
     return wide(outputs[0]), wide(outputs[1])
-
-
-def checked(name: str, value: float, *, least: float = 0.0, below: float = float("inf"), above: bool = False) -> float:
-    """Return a number of a config as a float.
-
-    Args:
-        name: of the key, for the message.
-        value: what was given.
-        least: smallest number that is allowed.
-        below: first number that isn't allowed any more.
-        above: whether `least` itself isn't allowed either.
-
-    Raises:
-        ConfigurationError: for anything else.
-    """
-    number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or not (least < value if above else least <= value) or not value < below:
-        begin = f"above {least:g}" if above else f"from {least:g}"
-        allowed = f"a finite number {begin}" if below == float("inf") else f"a number {begin} to below {below:g}"
-        raise ConfigurationError(f"{name} is {value!r}; {allowed} is allowed.")
-    return float(value)

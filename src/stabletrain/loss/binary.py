@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from stabletrain.loss.base import SMOOTHING, Loss, Modes, Values, aligned, checked
+from stabletrain.checks import number
+from stabletrain.loss.base import SMOOTHING, Loss, Modes, Values, aligned
 from stabletrain.loss.ignoring import apart, by_sample, checked_index
 
 BINARY_TASKS = ("binary", "segmentation", "supervised")
@@ -41,8 +42,8 @@ class BinaryCrossEntropy(Loss):
         self, positive_weight: float = 1.0, label_smoothing: float = 0.0, ignore_index: int | None = None
     ) -> None:
         super().__init__()
-        self.positive_weight = checked("positive_weight", positive_weight, above=True)
-        self.label_smoothing = checked("label_smoothing", label_smoothing, below=1.0)
+        self.positive_weight = number("positive_weight", positive_weight, above=True)
+        self.label_smoothing = number("label_smoothing", label_smoothing, below=1.0)
         self.ignore_index = checked_index(ignore_index)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> Values:

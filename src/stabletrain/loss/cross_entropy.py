@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from stabletrain.checks import number
 from stabletrain.errors import ConfigurationError
-from stabletrain.loss.base import SMOOTHING, Loss, Modes, Values, checked, wide
+from stabletrain.loss.base import SMOOTHING, Loss, Modes, Values, wide
 from stabletrain.loss.ignoring import apart, by_sample, checked_index
 from stabletrain.loss.probability import log_softmax, margin
 
@@ -39,7 +40,7 @@ class CrossEntropy(Loss):
 
     def __init__(self, label_smoothing: float = 0.0, ignore_index: int | None = None) -> None:
         super().__init__()
-        self.label_smoothing = checked("label_smoothing", label_smoothing, below=1.0)
+        self.label_smoothing = number("label_smoothing", label_smoothing, below=1.0)
         self.ignore_index = checked_index(ignore_index)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> Values:
@@ -87,7 +88,7 @@ class WeightedCrossEntropy(Loss):
     ) -> None:
         super().__init__()
         self.class_counts = [int(count) for count in class_counts]
-        self.label_smoothing = checked("label_smoothing", label_smoothing, below=1.0)
+        self.label_smoothing = number("label_smoothing", label_smoothing, below=1.0)
         self.ignore_index = checked_index(ignore_index)
         # No part of the state: it follows from the data, and would make checkpoints differ between losses.
         self.register_buffer("class_weights", balanced(self.class_counts), persistent=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from stabletrain.loss.base import Loss, Values, aligned, checked, wide
+from stabletrain.checks import number
+from stabletrain.loss.base import Loss, Values, aligned, wide
 from stabletrain.loss.cross_entropy import distribution
 from stabletrain.loss.ignoring import apart, checked_index
 from stabletrain.loss.probability import log_probabilities
@@ -35,7 +36,7 @@ class Dice(Loss):
 
     def __init__(self, smooth: float = 1.0, ignore_index: int | None = None) -> None:
         super().__init__()
-        self.smooth = checked("smooth", smooth, above=True)
+        self.smooth = number("smooth", smooth, above=True)
         self.ignore_index = checked_index(ignore_index)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> Values:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from stabletrain.loss.base import SMOOTHING, Loss, Modes, Values, aligned, checked, wide
+from stabletrain.checks import number
+from stabletrain.loss.base import SMOOTHING, Loss, Modes, Values, aligned, wide
 from stabletrain.loss.binary import BINARY_TASKS, BinaryCrossEntropy, softened
 from stabletrain.loss.cross_entropy import (
     CLASS_TASKS,
@@ -59,8 +60,8 @@ class FocalLoss(Loss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__()
-        self.gamma = checked("gamma", gamma)
-        self.label_smoothing = checked("label_smoothing", label_smoothing, below=1.0)
+        self.gamma = number("gamma", gamma)
+        self.label_smoothing = number("label_smoothing", label_smoothing, below=1.0)
         self.class_counts = None if class_counts is None else [int(count) for count in class_counts]
         self.ignore_index = checked_index(ignore_index)
         weights = None if self.class_counts is None else balanced(self.class_counts)
@@ -122,9 +123,9 @@ class BinaryFocalLoss(Loss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__()
-        self.gamma = checked("gamma", gamma)
-        self.alpha = None if alpha is None else checked("alpha", alpha, below=1.0, above=True)
-        self.label_smoothing = checked("label_smoothing", label_smoothing, below=1.0)
+        self.gamma = number("gamma", gamma)
+        self.alpha = None if alpha is None else number("alpha", alpha, below=1.0, above=True)
+        self.label_smoothing = number("label_smoothing", label_smoothing, below=1.0)
         self.ignore_index = checked_index(ignore_index)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> Values:

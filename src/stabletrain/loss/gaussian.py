@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from stabletrain.loss.base import Loss, Values, aligned, checked, pair_of, wide
+from stabletrain.checks import number
+from stabletrain.loss.base import Loss, Values, aligned, pair_of, wide
 from stabletrain.loss.ignoring import by_sample
 from stabletrain.loss.regression import REGRESSION_TASKS
 
@@ -36,7 +37,7 @@ class GaussianNLL(Loss):
     def __init__(self, log_variance: bool = True, floor: float = 1e-6) -> None:
         super().__init__()
         self.log_variance = log_variance
-        self.floor = checked("floor", floor, above=True)
+        self.floor = number("floor", floor, above=True)
 
     def forward(self, outputs: Any, targets: torch.Tensor) -> Values:
         """Return the loss of each sample, and no weights."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from stabletrain.loss.base import Loss, Values, checked, wide
+from stabletrain.checks import number
+from stabletrain.loss.base import Loss, Values, wide
 from stabletrain.loss.cross_entropy import distribution, shared
 from stabletrain.loss.ignoring import apart, by_sample, checked_index
 from stabletrain.loss.probability import log_softmax
@@ -36,7 +37,7 @@ class KLDivergence(Loss):
 
     def __init__(self, temperature: float = 1.0, target_logits: bool = False, ignore_index: int | None = None) -> None:
         super().__init__()
-        self.temperature = checked("temperature", temperature, least=LEAST_TEMPERATURE)
+        self.temperature = number("temperature", temperature, least=LEAST_TEMPERATURE)
         self.target_logits = target_logits
         self.ignore_index = checked_index(ignore_index)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from stabletrain.loss.base import Loss, Values, aligned, checked
+from stabletrain.checks import number
+from stabletrain.loss.base import Loss, Values, aligned
 from stabletrain.loss.ignoring import by_sample
 
 REGRESSION_TASKS = ("regression", "supervised")
@@ -51,7 +52,7 @@ class Huber(Loss):
 
     def __init__(self, delta: float = 1.0) -> None:
         super().__init__()
-        self.delta = checked("delta", delta, above=True)
+        self.delta = number("delta", delta, above=True)
 
     def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> Values:
         """Return the loss of each sample, and no weights."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from stabletrain.checks import number, whole
 from stabletrain.errors import ConfigurationError
-from stabletrain.loss.base import Loss, Values, checked, wide
+from stabletrain.loss.base import Loss, Values, wide
 from stabletrain.loss.probability import log_softmax
 
 LEAST_STUDENT_TEMPERATURE, LEAST_TEACHER_TEMPERATURE = 0.05, 0.04
@@ -69,14 +70,13 @@ class TEMI(Loss):
         super().__init__()
         self.num_classes, self.heads = num_classes, heads
         for name, count, least in (("num_classes", num_classes, 2), ("heads", heads, 1)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ConfigurationError(f"{name} is {count!r}; a whole number from {least} is allowed.")
+            whole(name, count, least)
         if not isinstance(beta, (int, float)) or not 0.5 <= beta <= 1:
             raise ConfigurationError(f"beta is {beta!r}; a number from 0.5 to 1 is allowed.")
         self.beta = float(beta)
-        self.student_temperature = checked("student_temperature", student_temperature, least=LEAST_STUDENT_TEMPERATURE)
-        self.teacher_temperature = checked("teacher_temperature", teacher_temperature, least=LEAST_TEACHER_TEMPERATURE)
-        self.momentum = checked("momentum", momentum, below=1.0)
+        self.student_temperature = number("student_temperature", student_temperature, least=LEAST_STUDENT_TEMPERATURE)
+        self.teacher_temperature = number("teacher_temperature", teacher_temperature, least=LEAST_TEACHER_TEMPERATURE)
+        self.momentum = number("momentum", momentum, below=1.0)
         self.teacher_weighting, self.leave_out_bad_heads = teacher_weighting, leave_out_bad_heads
         self.register_buffer("marginal", torch.full((heads, num_classes), 1 / num_classes))
 
@@ -128,9 +128,9 @@ class TEMI(Loss):
             outputs = (outputs.get("student"), outputs.get("teacher"))
         heads, classes = self.marginal.shape
         parts = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-        for number, part in enumerate(parts):
+        for place, part in enumerate(parts):
             if isinstance(part, torch.Tensor) and part.dim() == 3:
-                parts[number] = part.unsqueeze(2)
+                parts[place] = part.unsqueeze(2)
         fit = [
             isinstance(part, torch.Tensor)
             and part.dim() == 4

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import torch
 
+from stabletrain.checks import number
 from stabletrain.errors import ConfigurationError
-from stabletrain.loss.base import Loss, Modes, Values, checked, wide
+from stabletrain.loss.base import Loss, Modes, Values, wide
 from stabletrain.loss.cross_entropy import CLASS_TASKS, CrossEntropy, WeightedCrossEntropy
 from stabletrain.loss.focal import FocalLoss
 from stabletrain.loss.ignoring import apart, by_sample
@@ -49,7 +50,7 @@ class ZLoss(Loss):
                 f"{names}. On the command line: loss=z_loss loss@loss.loss=focal"
             )
         self.loss = loss
-        self.coefficient = checked("coefficient", coefficient)
+        self.coefficient = number("coefficient", coefficient)
         self.ignore_index = loss.ignore_index
         self.tasks = loss.tasks  # type: ignore[misc]  # those of this one
         self.modes = {mode: f"{words}; the z-loss stays" for mode, words in loss.modes.items()}  # type: ignore[misc]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stabletrain.errors import ConfigurationError
+from stabletrain.checks import number, whole
 from stabletrain.model.teacher import EMATeacher, check_whole_parameters
 
 
@@ -102,10 +102,8 @@ class ClusterModel(nn.Module):
     ) -> None:
         super().__init__()
         for name, count, least in (("num_classes", num_classes, 2), ("heads", heads, 1), ("hidden", hidden, 0)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ConfigurationError(f"model.{name} is {count!r}; a whole number from {least} is allowed.")
-        if isinstance(initial, bool) or not 0 < initial < math.inf:
-            raise ConfigurationError(f"model.initial is {initial!r}; a finite number above 0 is allowed.")
+            whole(f"model.{name}", count, least)
+        number("model.initial", initial, above=True)
         self.student = Heads(in_features, num_classes, heads, hidden, initial)
         self.teacher = EMATeacher(self.student, momentum)
 

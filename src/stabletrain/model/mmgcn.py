@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stabletrain.checks import number, whole
 from stabletrain.errors import ConfigurationError
 
 COMBINATIONS = ("concatenate", "add")
@@ -81,15 +82,12 @@ class MMGCN(nn.Module):
         super().__init__()
         sizes = {"users": users, "items": items, "edges": edges, "dimension": dimension, "layers": layers}
         for name, size in {**sizes, **{f"features.{name}": size for name, size in features.items()}}.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ConfigurationError(f"model.{name} is {size!r}; a whole number from 1 is allowed.")
+            whole(f"model.{name}", size)
         if combination not in COMBINATIONS:
             raise ConfigurationError(f"model.combination is {combination!r}; allowed: {', '.join(COMBINATIONS)}.")
-        if isinstance(slope, bool) or not 0 <= slope <= 1:
-            raise ConfigurationError(f"model.slope is {slope!r}; a number from 0 to 1 is allowed.")
+        number("model.slope", slope, most=1)
         for name, share in (("dropout", dropout), ("unknown", unknown)):
-            if isinstance(share, bool) or not 0 <= share < 1:
-                raise ConfigurationError(f"model.{name} is {share!r}; a number from 0 to below 1 is allowed.")
+            number(f"model.{name}", share, below=1)
         if not features:
             raise ConfigurationError("model.features is empty; at least one modality is needed.")
         self.users, self.items, self.unknown = users, items, unknown

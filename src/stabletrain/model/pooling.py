@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 
 
@@ -40,10 +41,7 @@ class AttentionPooling(nn.Module):
     def __init__(self, width: int, hidden: int, clamp: float | None = None) -> None:
         super().__init__()
         for name, value in (("width", width), ("hidden", hidden)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(
-                    f"{name} of the attention pooling is {value!r}; a whole number from 1 is allowed."
-                )
+            whole(f"{name} of the attention pooling", value)
         if clamp is not None and (isinstance(clamp, bool) or not 0 < clamp < math.inf):
             raise ConfigurationError(
                 f"clamp of the attention pooling is {clamp!r}; a finite number above 0, or null (no limit), is allowed."

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stabletrain.checks import number, whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.model.transformer import Attention, Block, FeedForward, Normalisation
 
@@ -71,16 +72,14 @@ class SemanticRecommender(nn.Module):
         super().__init__()
         sizes = {"num_items": num_items, "text_features": text_features, "width": width, "layers": layers}
         for name, size in {**sizes, "heads": heads, "feedforward": feedforward}.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ConfigurationError(f"model.{name} is {size!r}; a whole number from 1 is allowed.")
+            whole(f"model.{name}", size)
         if width % (2 * heads) != 0:
             raise ConfigurationError(
                 f"model.width is {width} with {heads} heads; a multiple of twice the heads is needed, such as "
                 f"{2 * heads * max(1, width // (2 * heads))}."
             )
         for name, share in (("dropout", dropout), ("id_dropout", id_dropout)):
-            if isinstance(share, bool) or not 0 <= share < 1:
-                raise ConfigurationError(f"model.{name} is {share!r}; a share from 0 to below 1 is allowed.")
+            number(f"model.{name}", share, below=1)
         self.id_dropout = id_dropout
         self.text_embeddings = nn.Parameter(torch.zeros(num_items, text_features), requires_grad=False)
         self.register_buffer("known_items", torch.ones(num_items, dtype=torch.bool))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 
 NORMS = ("pre", "post", "sandwich")
@@ -280,8 +281,7 @@ def rotated(vectors: torch.Tensor) -> torch.Tensor:
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigurationError(f"model.{name} is {size!r}; a whole number of at least 1 is allowed.")
+        whole(f"model.{name}", size)
     width, heads = sizes["width"], sizes["heads"]
     if width % (2 * heads) != 0:
         raise ConfigurationError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.precision.formats import Precision, available
 from stabletrain.precision.products import Products
@@ -185,8 +186,7 @@ class Ladder(Precision):
             ("watch_updates", watch_updates),
             ("wait_factor", wait_factor),
         ):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ConfigurationError(f"precision.{name} is {count!r}; it must be a whole number, 1 or more.")
+            whole(f"precision.{name}", count)
         if not initial_scale <= raised_scale < math.inf:
             raise ConfigurationError(
                 f"precision.raised_scale is {raised_scale}; it must be a finite number of at least "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from stabletrain.errors import ConfigurationError
+from stabletrain.checks import whole
 
 
 class LossScaler(GradScaler):
@@ -46,8 +46,7 @@ class LossScaler(GradScaler):
     """
 
     def __init__(self, device: str, *, hysteresis: int = 2, **options: Any) -> None:
-        if isinstance(hysteresis, bool) or not isinstance(hysteresis, int) or hysteresis < 1:
-            raise ConfigurationError(f"precision.hysteresis is {hysteresis!r}; it must be a whole number, 1 or more.")
+        whole("precision.hysteresis", hysteresis)
         super().__init__(device, **options)
         self.hysteresis = hysteresis
         self._initial_patience = -1

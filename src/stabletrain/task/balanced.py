@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.task.classification import Classification
 
@@ -36,8 +37,7 @@ class BalancedClassification(Classification):
 
     def __init__(self, loss: nn.Module, num_classes: int) -> None:
         super().__init__(loss)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-            raise ConfigurationError(f"num_classes of the task is {num_classes!r}; a whole number from 2 is allowed.")
+        whole("num_classes of the task", num_classes, 2)
         self.num_classes = num_classes
         self.counts = super().counts + num_classes**2
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.task.base import AdditiveTask
 
@@ -53,8 +54,7 @@ class Clustering(AdditiveTask):
                 f"task=clustering was given the loss {type(loss).__name__}, which has no {', '.join(needed)}; choose "
                 "loss=temi or loss=temi_heads, or task=supervised."
             )
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
-            raise ConfigurationError(f"classes of the task is {classes!r}; a whole number from 0 is allowed.")
+        whole("classes of the task", classes, 0)
         self.heads, self.clusters, self.classes = int(loss.heads), int(loss.num_classes), classes  # type: ignore[arg-type]
         self.counts = self.heads * (1 + self.clusters * (classes + 1))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.task.base import counting, share
 from stabletrain.task.classification import Classification
@@ -49,8 +50,7 @@ class NextItem(Classification):
 
     def __init__(self, loss: nn.Module, k: int = 10, class_counts: Sequence[int] | None = None) -> None:
         super().__init__(loss)
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ConfigurationError(f"k of the task is {k!r}; a whole number from 1 is allowed.")
+        whole("k of the task", k)
         self.k = k
         self.cold = None if class_counts is None else torch.tensor(list(class_counts)) == 0
 

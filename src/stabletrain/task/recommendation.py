@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabletrain.checks import whole
 from stabletrain.errors import ConfigurationError
 from stabletrain.task.base import AdditiveTask, Output, parts, share
 from stabletrain.task.ranks import Ranks, without
@@ -51,8 +52,7 @@ class Recommendation(AdditiveTask):
     def __init__(self, loss: nn.Module, top: int = 20, chunk: int = 256) -> None:
         super().__init__(loss)
         for name, number in (("top", top), ("chunk", chunk)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigurationError(f"task.{name} is {number!r}; a whole number from 1 is allowed.")
+            whole(f"task.{name}", number)
         self.top, self.chunk = top, chunk
 
     def step(self, model: nn.Module, data: Any) -> Output:
