@@ -7,7 +7,8 @@ Each run is `python -m stabletrain +experiment=<name> +preset=<preset>` in a pro
 memory are the operating system's. Rehearsals, and the loop written by hand, take the preset `stable`. What was measured
 goes to docs/experiments/<name>.json, the plot to docs/experiments/<name>.png, the table into the page
 docs/experiments/<name>.md. What was measured before under the same words isn't measured again (--again: it is).
-`--summary` writes one table of all into docs/experiments/README.md.
+`--summary` writes one table of all into docs/experiments/README.md. The seconds in it are those of `stable` on a
+machine that does nothing else, measured with `--alone`.
 
 Another experiment adds a line to EXPERIMENTS in experiment_rows.py.
 """
@@ -223,7 +224,9 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
     bad = sum(math.isnan(value) for value in values)
     if bad:
         return "NaN" if bad == len(values) else f"NaN in {bad} of {len(values)}"
-    middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    # Adding 0 makes 0 of -0.
+    ends = (round(value, digits) + 0.0 for value in (statistics.median(values), min(values), max(values)))
+    middle, low, high = (f"{value:.{digits}f}" for value in ends)
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -248,7 +251,7 @@ def table(name: str, found: Found) -> str:
     """Return a table in Markdown."""
     experiment = EXPERIMENTS[name]
     columns = [f"{metric.replace('_', ' ')}, %" for metric in experiment.metrics]
-    columns += ["rejected", "salvaged", "culprits named", "finite", "wall s", "CPU s", "peak MB"]
+    columns += ["rejected", "salvaged", "culprits named", "finite", "CPU s", "peak MB"]
     lines = ["| " + " | ".join(["run", *columns]) + " |", "| --- " * (len(columns) + 1) + "|"]
     for label, by_seed in found.items():
         rows = list(by_seed.values())
@@ -260,7 +263,7 @@ def table(name: str, found: Found) -> str:
         cells.append("; ".join(dict.fromkeys(named(row) for row in rows)) if told else "")
         healthy = [all(row["finite"].values()) for row in rows if "finite" in row]
         cells.append(("yes" if all(healthy) else f"no in {healthy.count(False)} of {len(healthy)}") if healthy else "")
-        cells += [over(rows, key) for key in ("seconds", "cpu_seconds", "peak_mb")]
+        cells += [over(rows, key) for key in ("cpu_seconds", "peak_mb")]
         lines.append("| " + " | ".join([label, *cells]) + " |")
     if experiment.chance is not None:
         first = next(iter(found.values())).values()
@@ -281,6 +284,20 @@ def course(found: Found) -> str:
             lines.append(
                 f"- `{label}`: validation {first} % after the first epoch, {last} % in the last quarter; in the second "
                 f"half of the time memory grew by {grown} MB."
+            )
+    return "\n".join(lines)
+
+
+def against_healthy(name: str, found: Found) -> str:
+    """Return how far each rehearsal is from the healthy run of the same seed."""
+    metric = EXPERIMENTS[name].metrics[0]
+    lines = []
+    for label in (f"stable, {rehearsal}" for rehearsal in EXPERIMENTS[name].rehearsals):
+        both = [(row, found["stable"][seed]) for seed, row in found.get(label, {}).items() if seed in found["stable"]]
+        if both:
+            less = spread([row["test"][metric] - healthy["test"][metric] for row, healthy in both], 100)
+            lines.append(
+                f"- {label}: {less} points of {metric.replace('_', ' ')} from the healthy run of the same seed."
             )
     return "\n".join(lines)
 
@@ -306,7 +323,7 @@ def summary(folder: Path) -> str:
             both = [told.get(f"{way}, {label}", "") for way in ("stable", "by hand")]
             rehearsed.append(f"{label} {': '.join(filter(None, both))}")
         cells.append("; ".join(rehearsed))
-        cells.append(", ".join(over(by_label.get("stable", []), key) for key in ("seconds", "peak_mb")))
+        cells.append(", ".join(over(by_label.get("alone", []), key) for key in ("seconds", "peak_mb")))
         lines.append("| " + " | ".join([f"[`{name}`]({name}.md), {metric.replace('_', ' ')}, %", *cells]) + " |")
     return "\n".join(lines)
 
@@ -356,6 +373,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="overrides for every run, such as epochs=3")
     parser.add_argument("--only", nargs="*", help="labels to measure; by default all")
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
+    parser.add_argument("--alone", action="store_true", help="measure the time of `stable`, and nothing else")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--summary", action="store_true", help="write one table of what was measured of all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -374,6 +392,8 @@ def main() -> None:
     known: Found = json.loads(file.read_text()) if file.is_file() else {}
     wanted = plan(name, arguments.presets, tuple(arguments.set))
     chosen = [label for label in wanted if arguments.only is None or label in arguments.only]
+    if arguments.alone:
+        wanted["alone"], chosen = wanted["stable"], ["alone"]
 
     def measure(job: tuple[int, str]) -> None:
         seed, label = job
@@ -387,8 +407,8 @@ def main() -> None:
     jobs = [(s, label) for s in arguments.seeds for label in chosen if again or str(s) not in known.get(label, {})]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(measure, jobs))
-    shown = {label: dict(sorted(known[label].items())) for label in wanted if label in known}
-    text = f"{table(name, shown)}\n\n{course(shown)}"
+    shown = {label: dict(sorted(known[label].items())) for label in wanted if label in known and label != "alone"}
+    text = f"{table(name, shown)}\n\n{course(shown)}\n{against_healthy(name, shown)}"
     print(text)
     if arguments.out == RESULTS:
         put(RESULTS / f"{name}.md", text)
