@@ -56,7 +56,7 @@ class Experiment:
     rehearsals: dict[str, Rehearsal] = field(default_factory=dict)
 
 
-# 1 % of the training samples: 2,993 windows of `direction`, 700 bags of `bags`, 1,259 of `clustering`, 2,520
+# 1 % of the training samples: 2,993 windows of `direction`, 700 bags of `bags`, 1,259 of `clustering`, about 2,500
 # histories of `semantic_recommendation`.
 BAD_WINDOWS = ("fault.at=0", "fault.times=3", "fault.samples=10")
 BAD_BAGS = ("fault.at=10", "fault.times=2", "fault.samples=4")
