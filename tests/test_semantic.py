@@ -394,7 +394,8 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path: Path) -> Non
     np.save(tmp_path / "short.npy", np.ones((3, 2)))
     np.save(tmp_path / "flat.npy", np.ones(3))
     np.savez(tmp_path / "two.npz", a=np.ones((9, 2)), b=np.ones((9, 2)))
-    (tmp_path / "torn.npy").write_bytes(b"torn")
+    for kind in ("npy", "npz", "pt", "safetensors"):
+        (tmp_path / f"torn.{kind}").write_bytes(b"PK\x03\x04 torn")
     listed = written(tmp_path, [("a", "x")], "item,text", "items.csv")
     twice = written(tmp_path, [("a", "x"), ("b", "y"), ("a", "z")], "item,text", "twice.csv")
     numbered = [(user, "abcde".index(item), time, "x") for user, item, time in READS]
@@ -413,6 +414,9 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path: Path) -> Non
         (numbered, texts, {"embeddings": tmp_path / "flat.npy"}, r"shape \[3\]"),
         (numbered, texts, {"embeddings": tmp_path / "two.npz"}, "has 'a', 'b'; `array` is None"),
         (numbered, texts, {"embeddings": tmp_path / "torn.npy"}, "can't be read"),
+        (numbered, texts, {"embeddings": tmp_path / "torn.npz"}, "can't be read"),
+        (numbered, texts, {"embeddings": tmp_path / "torn.pt"}, "can't be read"),
+        (numbered, texts, {"embeddings": tmp_path / "torn.safetensors"}, "can't be read"),
         (numbered, texts, {"embeddings": tmp_path / "none.csv"}, "can't be read"),
         (good, texts, {"min_interactions": 6}, "none of 2 users has 6 rows"),
         (good, texts, {"min_interactions": 3}, "from 4 is allowed with split=last"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stabletrain.data.array_files import read_arrays
 from stabletrain.data.arrays import ArrayDataset, Integers
 from stabletrain.data.files import numbers, read_columns
 from stabletrain.data.splits import Splits, part_of, split_indices
@@ -256,10 +256,13 @@ def _read_files(paths: Sequence[Any], folder: Path, source: str, where: Callable
     for row, name in enumerate(paths):
         file = folder / str(name).strip()
         try:
-            block = _read_instances(file)
-        except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            held = read_arrays(file, (".npy", ".pt", ".pth"))
+            if "" not in held:
+                raise ValueError("it holds tensors by name, not one tensor")
+            block = held[""]
+        except ValueError as error:
             raise ConfigurationError(
-                f"{source}, {where(row)}: the file {str(name)!r} can't be read: {str(error).splitlines()[0]}. Give the "
+                f"{source}, {where(row)}: the file {str(name)!r} can't be read: {error}. Give the "
                 "path of a .npy file, or of a .pt file with one tensor, relative to the table's folder."
             ) from error
         if block.ndim != 2 or block.dtype.kind not in "fiub" or block.shape[1] == 0:
@@ -274,17 +277,6 @@ def _read_files(paths: Sequence[Any], folder: Path, source: str, where: Callable
             )
         blocks.append(block.astype(np.float64))
     return blocks
-
-
-def _read_instances(file: Path) -> Any:
-    if file.suffix == ".npy":
-        return np.load(file, allow_pickle=False)
-    if file.suffix in (".pt", ".pth"):
-        held = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(held, torch.Tensor):
-            raise ValueError(f"it holds a {type(held).__name__}, not a tensor")
-        return (held.double() if held.is_floating_point() else held).numpy()
-    raise ValueError(f"its name ends with {file.suffix!r}")
 
 
 def _cleaned(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import pkgutil
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 
 from stabletrain.checks import whole
+from stabletrain.data.array_files import Arrays, array_of, read_arrays
 from stabletrain.data.arrays import Integers
 from stabletrain.data.files import existing
 from stabletrain.data.pairs import Pairs, nearest
@@ -28,8 +27,6 @@ from stabletrain.folder import write_whole
 POLICIES = ("raise", "drop", "zero")
 KINDS = (".pt", ".pth", ".npz", ".safetensors")
 FORMAT = 1  # of what is kept; another number makes all of it be computed again
-
-Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def digit_embeddings(
@@ -319,9 +316,8 @@ class Store:
 def _kept(path: Path, checksum: str) -> Arrays | None:
     """Return what a file holds under this checksum; None where it isn't there, torn, or of something else."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays: Arrays = {name: archive[name] for name in archive.files}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+        arrays = read_arrays(path)
+    except ValueError:
         return None
     return arrays if str(arrays.pop("checksum", "")) == checksum else None
 
@@ -336,43 +332,15 @@ def _digest(file: Path) -> str:
 
 def _read(file: Path, x: str, source: str) -> Arrays:
     """Return the arrays in a file by their names; a single tensor is called `x`."""
+    if file.suffix not in KINDS:
+        raise ConfigurationError(f"{source} ends with {file.suffix!r}; allowed: {', '.join(KINDS)}.")
     try:
-        if file.suffix == ".npz":
-            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {name: _array(tensor) for name, tensor in load_file(file).items()}
-        if file.suffix in (".pt", ".pth"):
-            held = torch.load(file, map_location="cpu", weights_only=True)
-            held = held if isinstance(held, dict) else {x: held}
-            found = {str(name): _array(item) for name, item in held.items() if isinstance(item, torch.Tensor)}
-            if not found:
-                raise ValueError("it holds no tensor and no dictionary with tensors")
-            return found
-    except Exception as error:
-        if not isinstance(error, _unreadable()):
-            raise
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return {name or x: array for name, array in read_arrays(file, KINDS).items()}
+    except ValueError as error:
         raise ConfigurationError(
-            f"{source} can't be read: {told}. Write it by "
+            f"{source} can't be read: {error}. Write it by "
             f"torch.save or safetensors.torch.save_file of {{{x!r}: tensor}}, or numpy.savez(path, {x}=array)."
         ) from error
-    raise ConfigurationError(f"{source} ends with {file.suffix!r}; allowed: {', '.join(KINDS)}.")
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    from safetensors import SafetensorError
-
-    errors = (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError, KeyError)
-    return (*errors, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    tensor = tensor.detach().cpu()
-    array: np.ndarray[Any, Any] = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
-    return array
 
 
 def _labels(
@@ -399,4 +367,4 @@ def _embedded(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         made = function(inputs)
     if not isinstance(made, torch.Tensor):
         raise ConfigurationError(f"data.embed: {name} returned a {type(made).__name__}; a tensor [N, D] is needed.")
-    return _array(made)
+    return array_of(made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stabletrain.checks import number
+from stabletrain.data.array_files import read_arrays
 from stabletrain.data.arrays import Integers
 from stabletrain.data.files import numbers, read_columns
 from stabletrain.data.interactions import divided, interaction_splits
@@ -248,17 +248,11 @@ def _read_features(features: Mapping[str, str | Path], rule: str, notes: list[st
 
 def _read_array(file: Path, name: str, source: str) -> Any:
     try:
-        if file.suffix.lower() not in (".npy", ".npz"):
-            raise ValueError(f"its name ends with {file.suffix!r}")
-        with file.open("rb") as stream:
-            held = np.load(stream, allow_pickle=False)
-            if not hasattr(held, "files"):
-                return held
-            names = list(held.files)
-            if len(names) != 1 and name not in names:
-                raise ValueError(f"it holds {', '.join(names) or 'nothing'}, but no array {name}")
-            return held[name if name in names else names[0]]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        held = read_arrays(file, (".npy", ".npz"))
+        if len(held) != 1 and name not in held:
+            raise ValueError(f"it holds {', '.join(held) or 'nothing'}, but no array {name}")
+        return held[name if name in held else next(iter(held))]
+    except ValueError as error:
         raise ConfigurationError(
             f"{source} can't be read: {error}. Give a .npy file, or a .npz file with one array or one called {name}."
         ) from error

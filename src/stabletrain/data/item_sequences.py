@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stabletrain.data.array_files import read_arrays
 from stabletrain.data.files import read_columns
 from stabletrain.data.histories import histories_of, scaled_columns, text_embeddings
 from stabletrain.data.splits import Splits, check_shares, split_indices
@@ -236,10 +236,10 @@ def _read_embeddings(
     """Return embeddings [items, D] and which items can be used."""
     source = f"the file of embeddings {str(file)!r}"
     try:
-        held = _arrays(file.expanduser())
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        held = read_arrays(file.expanduser())
+    except ValueError as error:
         raise ConfigurationError(
-            f"{source} can't be read: {str(error).splitlines()[0]}. Give a .npy, .npz, .pt or .safetensors file."
+            f"{source} can't be read: {error}. Give a .npy, .npz, .pt or .safetensors file."
         ) from error
     if array is None and len(held) == 1:
         array = next(iter(held))
@@ -275,27 +275,3 @@ def _read_embeddings(
     made: Floats = np.zeros_like(found)
     made[~bad] = scaled_columns(found[~bad]) if standardize else found[~bad]
     return made, ~bad if nonfinite == "drop" else np.ones(len(bad), dtype=np.bool_)
-
-
-def _arrays(file: Path) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
-    """Return the arrays in a file by their names; no code in it runs."""
-    if file.suffix == ".npy":
-        return {"": np.load(file, allow_pickle=False)}
-    if file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    if file.suffix in (".pt", ".pth"):
-        held = torch.load(file, map_location="cpu", weights_only=True)
-        held = {"": held} if isinstance(held, torch.Tensor) else held
-    elif file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        held = load_file(file)
-    else:
-        raise ValueError(f"its name ends with {file.suffix!r}")
-    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
-        raise ValueError(f"it holds a {type(held).__name__}, not tensors by name")
-    return {
-        str(name): (value.detach().double() if value.is_floating_point() else value).numpy()
-        for name, value in held.items()
-    }
